@@ -1,0 +1,131 @@
+"""What a benchmark is: cases, subjects, measures. Values only; nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import attrs
+
+FULL, QUICK = "full", "quick"
+
+Number = int | float
+Pairs = tuple[tuple[str, Number | None], ...]
+
+
+def pairs(value: Mapping[str, Number | None] | Pairs) -> Pairs:
+    """A mapping as a tuple of pairs, which is frozen and can be compared.
+
+    Example:
+        >>> pairs({"apply_ms": 1.5})
+        (('apply_ms', 1.5),)
+    """
+    items = value.items() if isinstance(value, Mapping) else value
+    return tuple((name, number) for name, number in items)
+
+
+@attrs.frozen
+class Measure:
+    """Something that is measured.
+
+    Args:
+        name: Its name, which ends in its unit, as "apply_ms".
+        unit: The unit in words.
+        description: What exactly is measured.
+        lower_is_better: Whether less is better.
+    """
+
+    name: str
+    unit: str = attrs.field(kw_only=True)
+    description: str = attrs.field(kw_only=True)
+    lower_is_better: bool = attrs.field(default=True, kw_only=True)
+
+
+@attrs.frozen
+class Case:
+    """One input on which every subject is measured.
+
+    Args:
+        name: Its name, unique on its device.
+        device: "cpu" or "cuda".
+        description: The input in words.
+        parameters: What the subjects build the input from.
+        needed_bytes: Free memory of the device that it takes; with less the case is absent.
+        group: "full" (what runs by default) or "quick".
+    """
+
+    name: str
+    device: str = attrs.field(kw_only=True)
+    description: str = attrs.field(kw_only=True)
+    parameters: Pairs = attrs.field(kw_only=True, converter=pairs)
+    needed_bytes: int = attrs.field(kw_only=True)
+    group: str = attrs.field(default=FULL, kw_only=True)
+
+    def parameter(self, name: str) -> int:
+        """The parameter of that name.
+
+        Example:
+            >>> Case("c", device="cpu", description="", parameters={"rows": 2},
+            ...      needed_bytes=0).parameter("rows")
+            2
+        """
+        value = dict(self.parameters)[name]
+        assert isinstance(value, int)
+        return value
+
+
+@attrs.frozen
+class Measured:
+    """What one fresh process found.
+
+    Args:
+        values: Each measure's value; None where it was not measured.
+        facts: What was checked afterwards, as data: 1 or 0 for yes or no, or a count; None where
+            there was nothing to check.
+    """
+
+    values: Pairs = attrs.field(converter=pairs)
+    facts: Pairs = attrs.field(default=(), kw_only=True, converter=pairs)
+
+
+@attrs.frozen
+class Subject:
+    """Something that is measured: ours, or a peer that does the same job.
+
+    Args:
+        name: Its name.
+        description: What it does, and what it does not.
+        measure: Builds the input of a case, runs the subject on it and checks the outcome.
+        load: Imports what the subject needs; an ImportError makes it absent, with that reason.
+        package: Name on the package index of what it needs, whose version is recorded; or "".
+        claims: Names of the facts that it promises to be 1.
+    """
+
+    name: str
+    description: str = attrs.field(kw_only=True)
+    measure: Callable[[Case], Measured] = attrs.field(kw_only=True)
+    load: Callable[[], object] = attrs.field(default=lambda: None, kw_only=True)
+    package: str = attrs.field(default="", kw_only=True)
+    claims: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+
+
+@attrs.frozen
+class Benchmark:
+    """A benchmark: every subject on every case.
+
+    Args:
+        name: Its name; it stands in the file `_bench_<name>.py`, as `BENCHMARK`.
+        description: What is compared.
+        measures: What is measured.
+        cases: The inputs, of all devices.
+        subjects: What is compared; one of them is ours.
+        ours: The name of that one.
+        conditions: How it is measured, in words: warm-up, garbage collector, checks.
+    """
+
+    name: str
+    description: str = attrs.field(kw_only=True)
+    measures: tuple[Measure, ...] = attrs.field(kw_only=True)
+    cases: tuple[Case, ...] = attrs.field(kw_only=True)
+    subjects: tuple[Subject, ...] = attrs.field(kw_only=True)
+    ours: str = attrs.field(kw_only=True)
+    conditions: tuple[str, ...] = attrs.field(default=(), kw_only=True)

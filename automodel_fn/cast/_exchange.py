@@ -1,0 +1,199 @@
+"""Exchange the data of many tensors, all or nothing. The one place that assigns `.data`.
+
+`tensor.data = new` keeps the tensor object: parameters keep their ties, hooks, attributes and
+optimizer references, buffers stay one object under all their names. It reaches no operator and
+allocates nothing, so what can fail is making the new data, and an interruption in between.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import attrs
+import torch
+
+from automodel_fn.errors import PartialCastError, itemized
+
+_TRIES = 64
+
+
+@attrs.frozen
+class Exchange:
+    """New data for one storage: for one tensor, or for all tensors that are views of it.
+
+    Args:
+        name: What it is, for messages.
+        tensors: The tensors that get new data.
+        make: Makes the new data, one for each tensor; called again if it was interrupted.
+        num_bytes: Size of the new data.
+        can_finish: Whether it may be finished when interrupted, since it takes less memory than
+            what it replaces; otherwise its original is kept until the first that may.
+    """
+
+    name: str
+    tensors: tuple[torch.Tensor, ...] = attrs.field(kw_only=True)
+    make: Callable[[], tuple[torch.Tensor, ...]] = attrs.field(kw_only=True)
+    num_bytes: int = attrs.field(kw_only=True)
+    can_finish: bool = attrs.field(kw_only=True)
+
+
+Originals = tuple[tuple[torch.Tensor, ...], ...]
+"""What was there before: for each exchange its tensors' data."""
+
+
+def exchange(exchanges: Sequence[Exchange], *, keep_originals: bool = False) -> Originals:
+    """Carry out all exchanges or none.
+
+    Those that cannot be finished come first, with their originals kept; then one by one, each
+    original released as soon as its exchange is done. An error or interruption rolls back as long
+    as every original is there, and afterwards everything is finished before it is raised again.
+
+    Returns:
+        The originals in the order of `exchanges`, if they are kept; else nothing.
+
+    Raises:
+        PartialCastError: An interrupted run could be neither rolled back nor finished.
+    """
+    order = sorted(range(len(exchanges)), key=lambda i: exchanges[i].can_finish)
+    run = _Run([exchanges[i] for i in order], keep_originals)
+    with _interrupts_deferred() as check_interrupt:
+        run.reserve()
+        try:
+            while run.num_done < len(order):
+                check_interrupt()
+                run.advance()
+        except BaseException:
+            run.settle()
+            raise
+    if not keep_originals:
+        return ()
+    kept = dict(zip(order, run.originals, strict=True))
+    return tuple(kept[i] for i in range(len(order)))
+
+
+class _Run:
+    """The state of one run; every step can be repeated after an interruption."""
+
+    def __init__(self, exchanges: list[Exchange], keep_originals: bool) -> None:
+        self._exchanges = exchanges
+        self._keep = keep_originals
+        self._has_released = False
+        self._fresh: tuple[int, tuple[torch.Tensor, ...]] | None = None
+        self._reserve: list[torch.Tensor] = []
+        self.num_done = 0
+        self.originals: list[tuple[torch.Tensor, ...]] = []
+
+    def reserve(self) -> None:
+        """Set memory aside for the largest exchange that may have to be finished, per device."""
+        if self._keep:
+            return
+        sizes: dict[torch.device, int] = {}
+        for item in self._exchanges:
+            device = item.tensors[0].device
+            if item.can_finish and device.type != "meta":
+                sizes[device] = max(sizes.get(device, 0), item.num_bytes)
+        self._reserve = [
+            torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()
+        ]
+
+    def advance(self) -> None:
+        """Do the next exchange."""
+        item = self._exchanges[self.num_done]
+        if len(self.originals) == self.num_done and not self._has_released:
+            self.originals.append(tuple(tensor.data for tensor in item.tensors))
+        if self._fresh is None or self._fresh[0] != self.num_done:
+            self._fresh = self.num_done, item.make()
+        _assign(item.tensors, self._fresh[1])
+        if item.can_finish and not self._keep:
+            self._has_released = True
+            self.originals.clear()
+        self.num_done += 1
+        self._fresh = None
+
+    def settle(self) -> None:
+        """After an interruption: roll back, or finish if an original is gone already."""
+        if not self._has_released:
+            for item, original in zip(self._exchanges, self.originals, strict=False):
+                _assign(item.tensors, original)
+            return
+        self._reserve.clear()
+        failures = 0
+        while self.num_done < len(self._exchanges):
+            try:
+                self.advance()
+            except BaseException as error:  # noqa: BLE001 - the first one is raised afterwards
+                failures += 1
+                if failures == _TRIES:
+                    raise self._stuck() from error
+
+    def _stuck(self) -> PartialCastError:
+        left = self._exchanges[self.num_done :]
+        return PartialCastError(
+            itemized(
+                f"an interrupted cast could not be finished; {len(left)} tensors are as before:",
+                [item.name for item in left],
+                "Free memory and plan again with cast_plan.",
+            )
+        )
+
+
+def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -> None:
+    for tensor, new in zip(tensors, data, strict=True):
+        tensor.data = new
+
+
+def converted(
+    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Each tensor in `dtype`; several are views of one storage, and so are the results."""
+    if len(tensors) == 1:
+        return (tensors[0].detach().to(dtype),)
+    start = min(tensor.storage_offset() for tensor in tensors)
+    end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
+    flat = tensors[0].detach().as_strided((end - start,), (1,), start).to(dtype)
+    return tuple(
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
+        for tensor in tensors
+    )
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """How many elements of storage lie between a tensor's first and its last, inclusive."""
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C wait for a moment at which it can be dealt with.
+
+    Yields a function that raises KeyboardInterrupt if one is waiting and the program has no handler
+    of its own. What was not raised so is given to the program's handler at the end. Python runs signal handlers in the main thread
+    alone; anywhere else there is nothing to defer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    waiting: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        waiting.append(signum)
+
+    previous: Any = signal.getsignal(signal.SIGINT)
+
+    def check() -> None:
+        if waiting and previous is signal.default_int_handler:
+            waiting.clear()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous if previous is not None else signal.SIG_DFL)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)

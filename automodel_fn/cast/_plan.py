@@ -1,0 +1,266 @@
+"""A cast as data: the plan, its entries, the report of what was done."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from automodel_fn.cast._json import plan_from_json, plan_to_json
+from automodel_fn.dtypes import dtype_name
+from automodel_fn.errors import ConfigError
+from automodel_fn.plans import Row
+
+CAST, KEEP, SKIP = "cast", "keep", "skip"
+_ACTIONS = (CAST, KEEP, SKIP)
+_INVERSE = "inverse of: "
+
+
+@attrs.frozen
+class TensorCast:
+    """What becomes of one tensor, and why.
+
+    Args:
+        names: The canonical FQN, then its aliases; without wrappers such as `_orig_mod`.
+        kind: "parameter", "buffer" or "nonpersistent_buffer".
+        shape: Its shape.
+        from_dtype: The dtype that it is stored in.
+        to_dtype: The dtype that it will be stored in; the same unless it changes.
+        action: "cast"; "keep" (an fp32 pin, also one that is cast up to float32); or "skip" (not a
+            kind that is cast, already right, or in `skip=`).
+        reason: The rule that decided.
+        requires_grad: Whether it is trainable.
+
+    Example:
+        >>> from automodel_fn import bf16, cast_plan
+        >>> entry = cast_plan(torch.nn.Linear(2, 2), bf16).entries[0]
+        >>> entry.names, entry.action, entry.from_dtype, entry.to_dtype
+        (('weight',), 'cast', torch.float32, torch.bfloat16)
+    """
+
+    names: tuple[str, ...]
+    kind: str = attrs.field(kw_only=True)
+    shape: tuple[int, ...] = attrs.field(kw_only=True)
+    from_dtype: torch.dtype = attrs.field(kw_only=True)
+    to_dtype: torch.dtype = attrs.field(kw_only=True)
+    action: str = attrs.field(kw_only=True, validator=attrs.validators.in_(_ACTIONS))
+    reason: str = attrs.field(kw_only=True)
+    requires_grad: bool = attrs.field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        """The canonical FQN."""
+        return self.names[0]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the tensor's dtype changes."""
+        return self.from_dtype != self.to_dtype
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return torch.Size(self.shape).numel()
+
+    def row(self) -> Row:
+        """The entry in words."""
+        return Row(
+            self.name,
+            before=dtype_name(self.from_dtype),
+            after=dtype_name(self.to_dtype),
+            action=self.action,
+            reason=self.reason,
+            shape="x".join(map(str, self.shape)) or "scalar",
+            num_aliases=len(self.names) - 1,
+            bytes_before=self.numel * self.from_dtype.itemsize,
+            bytes_after=self.numel * self.to_dtype.itemsize,
+        )
+
+    def inverse(self) -> TensorCast:
+        """The entry that brings the stored dtype back; an unchanged one is its own inverse."""
+        if not self.changes:
+            return self
+        undone = self.reason.removeprefix(_INVERSE)
+        reason = undone if undone != self.reason else _INVERSE + self.reason
+        return attrs.evolve(
+            self, from_dtype=self.to_dtype, to_dtype=self.from_dtype, action=CAST, reason=reason
+        )
+
+
+@attrs.frozen
+class PlanDifference:
+    """A tensor of which two plans say different things; None where a plan does not have it.
+
+    Example:
+        >>> str(PlanDifference("w", ours=None, theirs=None))
+        'w: absent -> absent'
+    """
+
+    name: str
+    ours: TensorCast | None = attrs.field(kw_only=True)
+    theirs: TensorCast | None = attrs.field(kw_only=True)
+
+    def __str__(self) -> str:
+        """The difference in one line."""
+        return f"{self.name}: {_outline(self.ours)} -> {_outline(self.theirs)}"
+
+
+def _outline(entry: TensorCast | None) -> str:
+    if entry is None:
+        return "absent"
+    dtypes = dtype_name(entry.from_dtype)
+    if entry.changes:
+        dtypes += f" to {dtype_name(entry.to_dtype)}"
+    return f"{entry.action} {dtypes} ({entry.reason})"
+
+
+class WeakObjects:
+    """Weak references to the objects that a plan was made from; a copy or pickle has none."""
+
+    __slots__ = ("_references",)
+
+    def __init__(self, *objects: Any) -> None:
+        self._references = tuple(weakref.ref(item) for item in objects)
+
+    def alive(self) -> tuple[Any, ...]:
+        """Those that still exist."""
+        found = (reference() for reference in self._references)
+        return tuple(item for item in found if item is not None)
+
+    def __reduce__(self) -> tuple[type[WeakObjects], tuple[()]]:
+        return WeakObjects, ()
+
+
+@attrs.frozen
+class CastPlan:
+    """What a cast will do to every tensor of a model; nothing has happened yet.
+
+    Plans are equal if their entries, dtype and notes are; the model that a plan was made from is
+    referred to weakly, and is no part of its value.
+
+    Args:
+        entries: One entry a tensor, in the order of the model.
+        dtype: The target dtype; None where there is no single one, as in an inverse.
+        notes: Remarks for a person.
+
+    Example:
+        >>> from automodel_fn import bf16, cast_plan
+        >>> plan = cast_plan(torch.nn.Linear(2, 2), bf16)
+        >>> CastPlan.from_json(plan.to_json()) == plan
+        True
+        >>> plan.diff(cast_plan(torch.nn.Linear(2, 2), bf16, skip="bias"))[0].name
+        'bias'
+    """
+
+    entries: tuple[TensorCast, ...]
+    dtype: torch.dtype | None = attrs.field(default=None, kw_only=True)
+    notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    model_ref: WeakObjects = attrs.field(
+        factory=WeakObjects, kw_only=True, eq=False, repr=False, alias="model_ref"
+    )
+    optimizer_refs: WeakObjects = attrs.field(
+        factory=WeakObjects, kw_only=True, eq=False, repr=False
+    )
+
+    def model(self) -> nn.Module:
+        """The model that the plan was made from.
+
+        Raises:
+            ConfigError: There is none: the plan came from JSON, or the model is gone.
+        """
+        alive = self.model_ref.alive()
+        if not alive:
+            raise ConfigError(
+                "model=None: this plan has no model (it came from JSON or a copy, or its model is "
+                "gone); say which one, as in apply(plan, model)."
+            )
+        return alive[0]
+
+    def rows(self) -> tuple[Row, ...]:
+        """One row a tensor, in the order of the model."""
+        return tuple(entry.row() for entry in self.entries)
+
+    def inverse(self) -> CastPlan:
+        """The plan that brings every stored dtype back.
+
+        Dtypes, not bits: what a narrowing cast rounded away is gone. To bring bits back use
+        `apply(plan, keep_originals=True)` and `report.undo()`, or `snapshot` and `restore`.
+        """
+        entries = tuple(entry.inverse() for entry in self.entries)
+        return attrs.evolve(self, entries=entries, dtype=None)
+
+    def diff(self, other: CastPlan) -> tuple[PlanDifference, ...]:
+        """The tensors of which `other` says something else, in our order, then in theirs."""
+        ours = {entry.name: entry for entry in self.entries}
+        theirs = {entry.name: entry for entry in other.entries}
+        return tuple(
+            PlanDifference(name, ours=ours.get(name), theirs=theirs.get(name))
+            for name in dict.fromkeys([*ours, *theirs])
+            if ours.get(name) != theirs.get(name)
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text; without its model and optimizers."""
+        return plan_to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> CastPlan:
+        """The plan of a JSON text; without a model.
+
+        Raises:
+            ConfigError: The text is no plan; the message names the place.
+        """
+        return plan_from_json(text, cls, TensorCast)
+
+
+@attrs.frozen
+class CastReport:
+    """What an apply did.
+
+    Args:
+        entries: The plan's entries, carried out.
+        bytes_before: Size of all parameters and buffers before, each tensor once.
+        bytes_after: The same afterwards.
+        notes: The plan's notes, and what was found while casting.
+        checksums: (name, checksum of the bits) of every tensor, if asked for.
+
+    Example:
+        >>> from automodel_fn import apply, bf16, cast_plan
+        >>> model = torch.nn.Linear(2, 2)
+        >>> report = apply(cast_plan(model, bf16), keep_originals=True)
+        >>> report.undo()
+        >>> model.weight.dtype
+        torch.float32
+    """
+
+    entries: tuple[TensorCast, ...]
+    bytes_before: int = attrs.field(kw_only=True)
+    bytes_after: int = attrs.field(kw_only=True)
+    notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    checksums: tuple[tuple[str, int], ...] = attrs.field(default=(), kw_only=True)
+    undo_cast: Callable[[], None] | None = attrs.field(
+        default=None, kw_only=True, eq=False, repr=False
+    )
+
+    def undo(self) -> None:
+        """Bring back every bit from before, all or nothing; works once.
+
+        Raises:
+            ConfigError: The originals were not kept.
+            StalePlanError: The weights have changed since; nothing was changed.
+        """
+        if self.undo_cast is None:
+            raise ConfigError(
+                "keep_originals=False: this cast kept nothing to undo; "
+                "cast with apply(plan, keep_originals=True), or bring the dtypes back with "
+                "apply(plan.inverse())."
+            )
+        self.undo_cast()
+
+    def rows(self) -> tuple[Row, ...]:
+        """One row a tensor, as the plan's."""
+        return tuple(entry.row() for entry in self.entries)

@@ -1,0 +1,118 @@
+"""A cast that ends: inside the block the model has one dtype, afterwards its own again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from automodel_fn.cast._apply import Conversion, conversions_of, dry_run
+from automodel_fn.cast._bits import merged, same_bits
+from automodel_fn.cast._exchange import Exchange, Originals, converted, exchange
+from automodel_fn.cast._planners import cast_plan, uniform_plan
+from automodel_fn.cast._tensors import scan
+from automodel_fn.dtypes import CASTABLE, parse_castable
+
+
+@contextmanager
+def temporary_cast(
+    model: nn.Module, dtype: torch.dtype | str, then: torch.dtype | str | None = None
+) -> Iterator[nn.Module]:
+    """Run a block with every float of a model in `dtype`; afterwards each has its own dtype again.
+
+    Inside, all float32, bfloat16 and float16 tensors have `dtype`, fp32 pins and all buffers
+    included. Afterwards, also after an error, every tensor has the dtype it had before: elements
+    not edited inside have their old bits, edited ones are the rounding of the edit. Costs the
+    originals' memory while it lasts. Replaces `yield_fp32_model` (NeMo Automodel), which brings
+    back one dtype for all, and rounds what it did not change.
+
+    Args:
+        model: The model.
+        dtype: The dtype inside: bf16, fp16 or fp32.
+        then: Afterwards give the tensors the dtypes of `cast_plan(model, then)` instead, made from
+            what was there before and from the edits; its fp32 pins are exact.
+
+    Yields:
+        The same model.
+
+    Raises:
+        ConfigError: A dtype that tensors are not cast to.
+
+    Example:
+        >>> from automodel_fn import bf16, fp32
+        >>> model = nn.Linear(2, 2).bfloat16()
+        >>> with temporary_cast(model, fp32):
+        ...     _ = nn.init.trunc_normal_(model.weight, std=0.02)
+        >>> model.weight.dtype
+        torch.bfloat16
+    """
+    inside = parse_castable(dtype)
+    plan = uniform_plan(model, inside)
+    entries = plan.entries if then is None else cast_plan(model, then).entries
+    targets = {e.name: e.to_dtype if then is not None else e.from_dtype for e in entries}
+    conversions = tuple(conversions_of(plan.entries, scan(model)))
+    dry_run(conversions)
+    originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+    try:
+        yield model
+    finally:
+        exchange(_returns(model, targets, conversions, originals), keep_originals=True)
+
+
+def _returns(
+    model: nn.Module,
+    targets: Mapping[str, torch.dtype],
+    conversions: Sequence[Conversion],
+    originals: Originals,
+) -> list[Exchange]:
+    """The way back: for what was cast on entry, then for whatever else is in the model by now."""
+    handled: set[int] = set()
+    made: list[Exchange] = []
+    for conversion, data in zip(conversions, originals, strict=True):
+        target = targets[conversion.owner]
+        handled.update(id(tensor) for tensor in conversion.tensors)
+        make = partial(_merged_all, conversion.tensors, data, target)
+        made.append(_exchange(conversion.name, conversion.tensors, make))
+    for item in scan(model).tensors:
+        name, target = item.names[0], targets.get(item.names[0])
+        for tensor in (item.tensor, item.tensor.grad):
+            if tensor is None or target is None or id(tensor) in handled:
+                continue
+            if tensor.dtype in CASTABLE and tensor.dtype != target and target in CASTABLE:
+                make = partial(converted, (tensor,), target)
+                made.append(_exchange(name, (tensor,), make))
+    return made
+
+
+def _exchange(
+    name: str, tensors: tuple[torch.Tensor, ...], make: Callable[[], tuple[torch.Tensor, ...]]
+) -> Exchange:
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+    return Exchange(name, tensors=tensors, make=make, num_bytes=num_bytes, can_finish=False)
+
+
+def _merged_all(
+    tensors: tuple[torch.Tensor, ...], originals: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """The originals with the edits in them, on their old storage where the dtype is their own."""
+    if len(tensors) == 1:
+        return (_written_back(originals[0], merged(originals[0], tensors[0].detach(), dtype)),)
+    fresh = converted(originals, dtype)
+    for view, original, tensor in zip(fresh, originals, tensors, strict=True):
+        view.copy_(merged(original, tensor.detach(), dtype))
+    return fresh
+
+
+def _written_back(original: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """`result` on the storage of `original`, if it fits there; safe to repeat."""
+    if original.dtype != result.dtype or original.shape != result.shape:
+        return result
+    if same_bits(original, result):
+        return original
+    is_expanded = any(
+        step == 0 and size > 1 for step, size in zip(original.stride(), original.shape, strict=True)
+    )
+    return result if is_expanded else original.copy_(result)

@@ -1,0 +1,35 @@
+"""What a machine has, as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import attrs
+from rich.table import Table
+
+from automodel_fn.backend._availability import Availability
+from automodel_fn.render._groups import size_text
+from automodel_fn.render._table import simple_table
+
+
+def availability_tables(found: Availability) -> Iterator[Table]:
+    """Versions, devices and backends, a table each."""
+    versions = [("python", found.python, ""), ("torch", found.torch, f"CUDA {found.cuda or 'none'}")]
+    for package in found.packages:
+        versions.append((package.name, package.version or "not installed", package.problem))
+    yield simple_table("Versions", ("package", "version", "remark"), versions)
+    devices = [
+        (d.name, f"sm_{d.capability[0]}{d.capability[1]}", size_text(d.memory_bytes))
+        for d in found.devices
+    ]
+    cpu = ("CPU", f"{found.num_threads} threads", "")
+    yield simple_table("Devices", ("device", "kind", "memory"), [cpu, *devices])
+    verdicts = [(v.backend, "yes" if v.can_run else "no", v.reason) for v in found.verdicts()]
+    yield simple_table("Backends", ("backend", "runs here", "why"), verdicts)
+
+
+def availability_json(found: Availability) -> str:
+    """The same as JSON text."""
+    verdicts = [attrs.asdict(verdict) for verdict in found.verdicts()]
+    return json.dumps({**attrs.asdict(found), "backends": verdicts}, indent=1) + "\n"

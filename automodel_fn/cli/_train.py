@@ -1,0 +1,159 @@
+"""The main job: plan, apply, train, check, and leave a folder that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from automodel_fn.backend._probe import probe
+from automodel_fn.cast._plan import KEEP, CastPlan
+from automodel_fn.cast._planners import cast_plan
+from automodel_fn.cast._tensors import scan
+from automodel_fn.cli import _checks as checks
+from automodel_fn.cli._cpu import products_in_float32
+from automodel_fn.cli._display import Display
+from automodel_fn.cli._models import build_model, reload_model
+from automodel_fn.cli._report import TrainReport
+from automodel_fn.cli._run_folder import make_run_folder, save_model, write_plan, write_report
+from automodel_fn.cli._settings import TrainSettings
+from automodel_fn.cli._text import batches, read_bytes
+from automodel_fn.cli._training import History, evaluate, fill_pins, train_steps
+from automodel_fn.plans import apply
+
+Cast = Callable[[CastPlan, nn.Module], Any]
+
+
+def train(settings: TrainSettings, display: Display, cast: Cast = apply) -> TrainReport:
+    """Train a causal LM under a verified precision plan.
+
+    Args:
+        settings: What to do.
+        display: Where to show it.
+        cast: What carries the plan out. A test puts a plain `model.to(bf16)` in its place, and the
+            checks must notice.
+
+    Returns:
+        The report; it also stands in the run folder, which holds plan, report, page and model.
+
+    Raises:
+        ConfigError: A setting cannot be met.
+        KeyboardInterrupt: Ctrl-C; the run folder is readable.
+    """
+    torch.manual_seed(settings.seed)
+    text = read_bytes(settings.data)
+    stream = batches(text, settings.batch_size, settings.seq_len, settings.seed)
+    fixed = next(stream)
+    make_run_folder(settings.out)
+    model, is_fresh = build_model(settings.model)
+    plan = cast_plan(model, settings.dtype)
+    if is_fresh:
+        fill_pins(_pins(model, plan), settings.seed)
+    write_plan(settings.out, plan)
+    display.plan(plan)
+    expected_pins = checks.pin_bits(model, plan)
+    cast(plan, model)
+    exact = checks.check_pins_exact(model, expected_pins)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
+    run = _Run(settings, display, model, plan, fixed)
+    try:
+        with products_in_float32(settings.dtype, display.remark):
+            run.train(islice(stream, settings.steps * settings.microbatches))
+    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt):
+            run.finish("interrupted", exact)
+        raise
+    return run.finish("finished", exact)
+
+
+@attrs.define
+class _Run:
+    """One run, from the cast model to the report."""
+
+    settings: TrainSettings
+    display: Display
+    model: Any
+    plan: CastPlan
+    fixed: torch.Tensor
+    history: History = attrs.field(factory=History)
+    before: float | None = None
+
+    def train(self, stream: Any) -> None:
+        """Train on the stream, with the loss on the fixed batch before it."""
+        settings = self.settings
+        self.before = evaluate(self.model, self.fixed)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=0.01
+        )
+        warmup = max(1, settings.steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min(1.0, (done + 1) / warmup)
+        )
+        with self.display.training(settings.steps) as show:
+
+            def on_step(done: int, loss: float, speed: float) -> None:
+                schedule.step()
+                show(done, loss, speed)
+
+            train_steps(
+                self.model, optimizer, stream, settings.microbatches, self.history, on_step
+            )
+
+    def finish(self, status: str, exact: checks.Check) -> TrainReport:
+        """Save the model, check everything, write the report."""
+        done = len(self.history.losses)
+        after = evaluate(self.model, self.fixed) if done else None
+        recomputes = self.history.num_recompute_reads
+        found = [
+            exact,
+            checks.check_pins_fp32(self.model, self.plan),
+            checks.check_dtypes(self.model, self.plan),
+            checks.check_steps(
+                self.history.expected[: done * self.settings.microbatches],
+                self.history.seen[: done * self.settings.microbatches],
+                recomputes if self.settings.activation_checkpointing else None,
+            ),
+            checks.check_loss(self.before or 0.0, after, done),
+        ]
+        folder = save_model(self.settings.out, self.model) if done else ""
+        if done:
+            found.append(checks.check_saved(self.model, reload_model(self.settings.out / folder)))
+        report = TrainReport(
+            self.settings,
+            status="failed" if any(c.passed is False for c in found) else status,
+            plan=self.plan,
+            versions=_versions(),
+            model_name=_name(self.model),
+            losses=tuple(self.history.losses),
+            fixed_loss=(self.before, after),
+            tokens_per_second=self.history.num_tokens / max(self.history.seconds, 1e-9),
+            num_tokens=self.history.num_tokens,
+            checks=tuple(found),
+            model_folder=folder,
+        )
+        write_report(self.settings.out, report)
+        self.display.report(report)
+        return report
+
+
+def _pins(model: nn.Module, plan: CastPlan) -> list[torch.Tensor]:
+    pinned = {e.name for e in plan.entries if e.action == KEEP and not e.changes}
+    return [item.tensor for item in scan(model).tensors if item.names[0] in pinned]
+
+
+def _name(model: nn.Module) -> str:
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return f"{type(model).__name__}, {millions:.1f} M parameters"
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = probe()
+    devices = ", ".join(device.name for device in found.devices) or "CPU"
+    packages = [(p.name, p.version) for p in found.packages if p.version is not None]
+    return (("python", found.python), ("torch", found.torch), *packages, ("device", devices))

@@ -1,0 +1,153 @@
+"""Which step a backward is working for: autograd's sequence numbers, and a table that travels.
+
+Autograd numbers the nodes that a thread makes, in order, and carries a thread's Python objects
+along to the threads that run its backward. So each thread that enters scopes keeps a timeline, "from
+node number n on the step is s", and hands it to autograd once. When a checkpoint recomputes its
+forward, the node under evaluation was made in that forward, and the timeline says in which step.
+
+All of this is private API of PyTorch (seen in 2.11 and 2.13); it is used in this file alone, and
+`check_torch` fails with a clear line where a piece of it is missing.
+
+Measured on an H100: right in a recompute for both checkpoint modes, in any order of forwards and
+backwards, with nothing asked of the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from bisect import bisect_right
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.autograd.graph
+
+from automodel_fn.errors import BackendUnavailableError
+from automodel_fn.step._context import OFF, StepContext
+
+_KEY = "automodel_fn.step.timeline"
+_MAX_BOUNDARIES = 4096
+_ACCUMULATES = 2**64 - 1
+"""The number of every gradient accumulation node: such a node belongs to no forward."""
+
+_c: Any = torch._C
+
+Evaluation = tuple[int, int]
+"""One evaluation of one node: (number of the backward, number of the node)."""
+
+
+class Timeline:
+    """Which step was in force from which autograd node on, for the nodes of one thread.
+
+    Only the newest 4096 boundaries are kept; what is older is off, never another step's.
+    """
+
+    __slots__ = ("_starts", "_steps", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self._starts: list[int] = []
+        self._steps: list[StepContext] = []
+
+    def record(self, step: StepContext) -> None:
+        """From the next node on, `step` is in force."""
+        start: int = _c._autograd._get_sequence_nr()
+        if self._starts and self._starts[-1] == start:
+            self._steps[-1] = step
+            return
+        if len(self._starts) >= _MAX_BOUNDARIES:
+            half = _MAX_BOUNDARIES // 2
+            del self._starts[:half], self._steps[:half]
+        self._starts.append(start)
+        self._steps.append(step)
+
+    def doubt(self) -> None:
+        """The nodes since the last boundary may be of another step: for them it is off."""
+        if self._steps:
+            self._steps[-1] = OFF
+
+    def at(self, sequence_number: int) -> StepContext:
+        """The step in force when the node of that number was made."""
+        index = bisect_right(self._starts, sequence_number) - 1
+        return OFF if index < 0 else self._steps[index]
+
+
+_KEPT: list[Timeline] = []
+"""Each timeline that autograd was given, for ever: it may hold a pointer without a reference."""
+
+
+def check_torch() -> None:
+    """Fail with a clear line if this PyTorch lacks what the recompute rule is built on.
+
+    Raises:
+        BackendUnavailableError: A private function that this file uses is gone.
+    """
+    wanted = {
+        "torch._C": ("_current_autograd_node", "_current_graph_task_id", "_stash_obj_in_tls"),
+        "torch._C._autograd": ("_get_sequence_nr",),
+        "torch.autograd.graph": ("_engine_run_backward",),
+    }
+    homes: dict[str, Any] = {
+        "torch._C": _c,
+        "torch._C._autograd": _c._autograd,
+        "torch.autograd.graph": torch.autograd.graph,
+    }
+    gone = [
+        f"{home}.{name}"
+        for home, names in wanted.items()
+        for name in names
+        if not hasattr(homes[home], name)
+    ]
+    if gone:
+        raise BackendUnavailableError(
+            f"torch={torch.__version__} lacks {', '.join(gone)}, which the step context is built "
+            "on; use torch 2.11 to 2.13, or a newer automodel_fn."
+        )
+
+
+def hand_to_autograd(timeline: Timeline) -> None:
+    """Let autograd carry `timeline` to the threads that run this thread's backwards.
+
+    Once a thread and never replaced: torch 2.11 does not take a reference of its own but drops one
+    when the entry goes, so an entry must stay, and one reference more is taken here.
+    """
+    _KEPT.append(timeline)
+    if not _c._is_key_in_tls(_KEY):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(timeline))
+        _c._stash_obj_in_tls(_KEY, timeline)
+
+
+def evaluation() -> Evaluation | None:
+    """The node evaluation that this code runs in, or None outside of a backward."""
+    node: Any = _c._current_autograd_node()
+    if node is None:
+        return None
+    return _c._current_graph_task_id(), node._sequence_nr()
+
+
+def forward_step(current: Evaluation) -> StepContext:
+    """The step of the forward that the node under evaluation was made in.
+
+    Off where that cannot be known: the backward was called from a thread that never entered a
+    scope, or it was begun by another backward (the inner part of nested reentrant checkpoints), so
+    that its nodes are those of a recompute. A gradient accumulation node belongs to no forward:
+    there it is the step in force where backward was called.
+    """
+    if not _c._is_key_in_tls(_KEY):
+        return OFF
+    timeline: Timeline = _c._get_obj_in_tls(_KEY)
+    if _is_begun_by_a_backward(timeline.thread == threading.get_ident()):
+        return OFF
+    return timeline.at(current[1])
+
+
+def _is_begun_by_a_backward(on_calling_thread: bool) -> bool:
+    engine: CodeType = torch.autograd.graph._engine_run_backward.__code__
+    calls = 0
+    frame = sys._getframe()
+    while frame is not None:
+        calls += frame.f_code is engine
+        frame = frame.f_back
+    return calls > on_calling_thread

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import automodel_fn
+
+SCRIPT = """
+    import sys
+    import torch
+    from automodel_fn import apply, bf16, cast_plan
+
+    def values():
+        return (torch.full((16,), 1 + i * 2.0**-20) for i in range(20_000))
+
+    model = torch.nn.ParameterList(values())
+    plan = cast_plan(model, bf16)
+    try:
+        print("ready", flush=True)
+        apply(plan, keep_originals=sys.argv[1] == "keep")
+        sys.stdin.read()
+    except KeyboardInterrupt:
+        pass
+    (dtype,) = {p.dtype for p in model}
+    assert all(torch.equal(p, v.to(dtype)) for p, v in zip(model, values(), strict=True))
+    print(dtype, flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["stream", "keep"])
+def test_ctrl_c_during_a_long_apply_leaves_a_whole_model(mode):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(automodel_fn.__file__).parents[1],
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=50)
+    finally:
+        process.kill()
+
+    assert (process.returncode, err) == (0, "")
+    assert out in ("torch.float32\n", "torch.bfloat16\n")

@@ -1,0 +1,164 @@
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from automodel_fn import ScopeError, StepContext, bind, current_step, step_context
+
+OFF = StepContext()
+FIRST = StepContext(True)
+LATER = StepContext(False)
+LAST = StepContext(False, optim_step=True)
+
+both_modes = pytest.mark.parametrize("use_reentrant", [True, False])
+
+
+def test_a_thread_started_in_a_scope_is_off(in_thread):
+    with step_context(FIRST):
+        assert in_thread(current_step) == OFF
+        assert current_step() == FIRST
+
+
+def test_threads_have_a_step_each():
+    barrier = threading.Barrier(3)
+    seen = {}
+
+    def work(step):
+        with step_context(step):
+            barrier.wait()
+            seen[step] = current_step()
+            barrier.wait()
+        seen[step, "after"] = current_step()
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in (FIRST, LATER, LAST)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for step in (FIRST, LATER, LAST):
+        assert (seen[step], seen[step, "after"]) == (step, OFF)
+
+
+def test_leaving_in_another_thread_raises_and_ends_the_scope(in_thread):
+    scope = step_context(first_microbatch=True)
+    scope.__enter__()
+    with pytest.raises(ScopeError, match="another thread"):
+        in_thread(scope.__exit__, None, None, None)
+    assert current_step() == OFF
+
+
+def test_asyncio_tasks_have_a_step_each_between_their_awaits():
+    async def work(step):
+        seen = []
+        with step_context(step):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                seen.append(current_step())
+                with step_context(optim_step=True):
+                    await asyncio.sleep(0)
+                    seen.append(current_step())
+        await asyncio.sleep(0)
+        return [*seen, current_step()]
+
+    async def together():
+        return await asyncio.gather(*(work(step) for step in (FIRST, LATER, OFF)))
+
+    for step, seen in zip((FIRST, LATER, OFF), asyncio.run(together()), strict=True):
+        optim = StepContext(step.first_microbatch, optim_step=True)
+        assert seen == [step, optim] * 3 + [OFF]
+    assert current_step() == OFF
+
+
+def test_a_task_started_in_a_scope_sees_it_until_it_is_left():
+    async def started_inside():
+        with step_context(LATER):
+            task = asyncio.create_task(seen_twice())
+            await asyncio.sleep(0)
+        return await task
+
+    async def seen_twice():
+        first = current_step()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return first, current_step()
+
+    with step_context(FIRST):
+        assert asyncio.run(started_inside()) == (LATER, FIRST)
+
+
+@both_modes
+def test_a_backward_from_a_thread_without_scopes_is_off(block, leaf, in_thread, use_reentrant):
+    with step_context(FIRST):
+        out = checkpoint(block, leaf, use_reentrant=use_reentrant)
+        in_thread(out.sum().backward)
+    assert block.seen == [FIRST, OFF]
+
+
+@both_modes
+def test_a_backward_from_a_thread_is_right_with_bind(block, leaf, in_thread, use_reentrant):
+    with step_context(FIRST):
+        out = checkpoint(bind(block), leaf, use_reentrant=use_reentrant)
+    in_thread(out.sum().backward)
+    assert block.seen == [FIRST, FIRST]
+
+
+@both_modes
+@pytest.mark.parametrize("backward_in_scope", [True, False])
+@pytest.mark.parametrize("forward_step", [FIRST, OFF])
+def test_a_backward_from_a_thread_with_scopes_is_off_or_right(
+    block, leaf, in_thread, use_reentrant, backward_in_scope, forward_step
+):
+    def forward():
+        with step_context(forward_step):
+            return checkpoint(block, leaf, use_reentrant=use_reentrant)
+
+    def backward(out):
+        with step_context(LATER):
+            # Its nodes have the numbers that those of the other thread have.
+            (leaf.sin() + leaf.cos()).tan().exp()
+            if backward_in_scope:
+                out.backward()
+        if not backward_in_scope:
+            out.backward()
+
+    in_thread(backward, in_thread(forward).sum())
+    assert block.seen[0] == forward_step
+    assert block.seen[1] in (forward_step, OFF)
+
+
+async def forward_and_backward(seen, may_run, ran, pause):
+    with step_context(LATER):
+        await may_run.wait()
+        out = torch.ones(1, requires_grad=True).sin()
+        out.register_hook(lambda grad: seen.append(current_step()))
+        ran.set()
+        await pause()
+        out.backward()
+
+
+async def scopes_around(may_run, ran):
+    with step_context(FIRST):
+        may_run.set()
+        await ran.wait()
+        with step_context(optim_step=True):
+            pass
+
+
+# The forward reads no step, so that nothing tells that its task has taken the turn of the other.
+@pytest.mark.parametrize("num_turns", [0, 10])
+def test_a_hook_of_interleaved_tasks_is_off_or_right(num_turns):
+    seen = []
+
+    async def pause():
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+
+    async def together():
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(forward_and_backward(seen, *events, pause), scopes_around(*events))
+
+    asyncio.run(together())
+    assert len(seen) == 1
+    assert seen[0] in (LATER, OFF)
