@@ -22,6 +22,7 @@ from automodel_fn.dtypes import bf16, fp16, fp32
 from automodel_fn.errors import (
     AutomodelFnError,
     BackendUnavailableError,
+    BenchmarkError,
     ConfigError,
     PartialCastError,
     PatchError,
@@ -46,6 +47,7 @@ __all__ = [
     "AutomodelFnError",
     "Availability",
     "BackendUnavailableError",
+    "BenchmarkError",
     "BoundaryHandle",
     "CastPlan",
     "CastReport",

@@ -39,6 +39,10 @@ class BackendUnavailableError(AutomodelFnError, ImportError):
     """What was asked for by name cannot run here; the message says what would."""
 
 
+class BenchmarkError(AutomodelFnError, RuntimeError):
+    """A benchmark could not be finished; the message says which measurement failed, and how."""
+
+
 class PatchError(AutomodelFnError, RuntimeError):
     """A class is not in the state in which our patch left it."""
 

@@ -19,7 +19,7 @@ from automodel_fn.errors import ConfigError
 WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Attribute names under which torch.compile, checkpoint and FSDP1 wrappers hold the module."""
 
-_PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original\d*(?=\.|$)")
+_PARAMETRIZED = re.compile(r"(?<![^.])parametrizations\.([^.]+)\.original\d*(?=\.|$)")
 
 
 def without_parametrizations(fqn: str) -> str:
@@ -119,6 +119,8 @@ def parse_patterns(value: str | Iterable[str], argument: str) -> tuple[Pattern, 
         >>> [pattern.text for pattern in parse_patterns("a.b", "skip")]
         ['a.b']
     """
+    if not isinstance(value, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"{argument}={value!r} must be a str, or several.")
     texts = (value,) if isinstance(value, str) else tuple(value)
     wrong = [text for text in texts if not isinstance(text, str)]  # pyright: ignore[reportUnnecessaryIsInstance]
     if wrong:

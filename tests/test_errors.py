@@ -12,6 +12,7 @@ BUILTINS = {
     "ScopeError": RuntimeError,
     "PartialCastError": RuntimeError,
     "BackendUnavailableError": ImportError,
+    "BenchmarkError": RuntimeError,
     "PatchError": RuntimeError,
 }
 

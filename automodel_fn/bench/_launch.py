@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from automodel_fn.errors import ConfigError, itemized
+from automodel_fn.errors import BenchmarkError, itemized
 
 _WORKER = "automodel_fn.bench._worker"
 _LINES_SHOWN = 12
@@ -19,7 +19,7 @@ def launch(request: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of a fresh process to one request; see `_worker`.
 
     Raises:
-        ConfigError: The process failed; with its last lines on the standard error.
+        BenchmarkError: The process failed; with its last lines on the standard error.
     """
     command = [sys.executable, "-m", _WORKER, json.dumps(request)]
     try:
@@ -36,10 +36,10 @@ def launch(request: Mapping[str, Any]) -> dict[str, Any]:
         raise _failed(request, f"printed {done.stdout[-200:]!r}, no JSON", done.stderr) from None
 
 
-def _failed(request: Mapping[str, Any], how: str, stderr: str | bytes | None) -> ConfigError:
+def _failed(request: Mapping[str, Any], how: str, stderr: str | bytes | None) -> BenchmarkError:
     text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr or ""
     about = ", ".join(f"{key}={value!r}" for key, value in request.items())
-    return ConfigError(
+    return BenchmarkError(
         itemized(
             f"{about}: the worker {how}; the last lines of its standard error:",
             text.splitlines()[-_LINES_SHOWN:],

@@ -70,7 +70,8 @@ def run_benchmark(
         launch: Answers a request in a fresh process.
 
     Raises:
-        ConfigError: An argument names something that there is not, or a worker failed.
+        ConfigError: An argument names something that there is not.
+        BenchmarkError: A worker failed; its last lines are in the message.
     """
     benchmark = chosen_benchmark(name, BENCHMARKS)
     chosen = chosen_cases(benchmark, device, cases)

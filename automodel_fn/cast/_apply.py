@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import attrs
 import torch
@@ -14,7 +14,7 @@ from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._exchange import Exchange, Originals, converted, exchange
-from automodel_fn.cast._plan import CastPlan, CastReport, TensorCast
+from automodel_fn.cast._plan import CastPlan, CastReport, TensorCast, WeakObjects
 from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.dtypes import dtype_name, is_wider
@@ -73,14 +73,13 @@ def apply_cast_plan(
     originals = exchange([c.exchange() for c in conversions], keep_originals=keep_originals)
     if plan.notes:
         _logger.warning(itemized("the cast plan has notes:", plan.notes))
-    rows = plan.rows()
     return CastReport(
         plan.entries,
-        bytes_before=sum(row.bytes_before for row in rows),
-        bytes_after=sum(row.bytes_after for row in rows),
-        notes=plan.notes,
+        bytes_before=sum(entry.numel * entry.from_dtype.itemsize for entry in plan.entries),
+        bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
+        notes=(*plan.notes, *_view_note(conversions)),
         checksums=_checksums(model_scan) if checksum else (),
-        undo_cast=_Undo(conversions, originals).run if keep_originals else None,
+        undo_cast=_Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None,
     )
 
 
@@ -106,7 +105,7 @@ def conversions_of(
     entries: Sequence[TensorCast], model_scan: ModelScan, optimizers: Sequence[Optimizer] = ()
 ) -> Iterator[Conversion]:
     """Every dtype change that the entries ask for: weights, then what belongs to each of them."""
-    planned = {entry.name: entry for entry in entries if entry.changes}
+    planned = {name: entry for entry in entries if entry.changes for name in entry.names}
     changing = [item for item in model_scan.tensors if item.names[0] in planned]
     grouped = {index: group for group in storage_groups(changing) for index in group}
     for index, item in enumerate(changing):
@@ -173,15 +172,17 @@ class _Undo:
 
     conversions: Sequence[Conversion]
     originals: Originals | None
+    model_ref: WeakObjects
 
     def run(self) -> None:
         if self.originals is None:
             raise StalePlanError("this cast was undone already; there is nothing left to undo.")
         pairs = tuple(zip(self.conversions, self.originals, strict=True))
+        present = {id(i.tensor) for model in self.model_ref.alive() for i in scan(model).tensors}
         changed = [
             conversion.name
             for conversion, originals in pairs
-            if conversion.is_weight and not _is_unchanged(conversion, originals)
+            if conversion.is_weight and not _is_unchanged(conversion, originals, present)
         ]
         if changed:
             raise StalePlanError(
@@ -192,14 +193,47 @@ class _Undo:
                     "Nothing was changed. Bring the dtypes back with apply(plan.inverse()).",
                 )
             )
-        exchange([_reverse(*pair) for pair in pairs], keep_originals=True)
+        reverse = [_reverse(*pair) for pair in pairs]
+        exchange([*reverse, *_new_gradients(self.conversions)], keep_originals=True)
         self.originals = None
 
 
-def _is_unchanged(conversion: Conversion, originals: tuple[torch.Tensor, ...]) -> bool:
+def _is_unchanged(
+    conversion: Conversion, originals: tuple[torch.Tensor, ...], present: Container[int]
+) -> bool:
+    """Whether the model still holds these tensors, with the bits that the cast gave them."""
+    again = converted(originals, conversion.to_dtype)
     return all(
-        same_bits(tensor, original.to(conversion.to_dtype))
-        for tensor, original in zip(conversion.tensors, originals, strict=True)
+        id(tensor) in present and same_bits(tensor, cast)
+        for tensor, cast in zip(conversion.tensors, again, strict=True)
+    )
+
+
+def _new_gradients(conversions: Sequence[Conversion]) -> Iterator[Exchange]:
+    """Gradients that came after the cast: they go back with their weights."""
+    known = {id(tensor) for conversion in conversions for tensor in conversion.tensors}
+    for conversion in conversions:
+        for tensor in conversion.tensors if conversion.is_weight else ():
+            grad = tensor.grad
+            if grad is None or id(grad) in known or grad.dtype != conversion.to_dtype:
+                continue
+            yield Conversion(
+                f"{conversion.name}.grad",
+                owner=conversion.owner,
+                tensors=(grad,),
+                from_dtype=conversion.to_dtype,
+                to_dtype=conversion.from_dtype,
+                is_weight=False,
+            ).exchange()
+
+
+def _view_note(conversions: Sequence[Conversion]) -> tuple[str, ...]:
+    views = [c.name for c in conversions if any(tensor._is_view() for tensor in c.tensors)]
+    if not views:
+        return ()
+    return (
+        f"{len(views)} tensors are views made by an operation, as {views[0]!r}: PyTorch keeps the "
+        "memory of what they were a view of for as long as they live",
     )
 
 

@@ -14,7 +14,7 @@ from automodel_fn.errors import ConfigError
 def audit(
     model: nn.Module, plan: CastPlan | CastReport, *, bits: bool = False
 ) -> tuple[Finding, ...]:
-    """Everything about a model that is not as planned; empty if all is. Reads only.
+    r"""Everything about a model that is not as planned; empty if all is. Reads only.
 
     Args:
         model: The model, after the cast, at any later time.
@@ -36,7 +36,7 @@ def audit(
         >>> _ = apply(plan)
         >>> audit(model, plan)
         ()
-        >>> print(*audit(model.float(), plan), sep="\\n")
+        >>> print(*audit(model.float(), plan), sep="\n")
         weight: dtype should be bfloat16, found float32
         bias: dtype should be bfloat16, found float32
     """
@@ -52,7 +52,7 @@ def _changed_bits(model_scan: ModelScan, plan: CastPlan | CastReport) -> tuple[F
         raise ConfigError(
             "bits=True needs the report of apply(plan, checksum=True), which holds the checksums."
         )
-    now = {item.names[0]: item.tensor for item in model_scan.tensors}
+    now = {name: item.tensor for item in model_scan.tensors for name in item.names}
     return tuple(
         Finding(name, what="bits", expected=f"{expected:016x}", found=f"{found:016x}")
         for name, expected in plan.checksums

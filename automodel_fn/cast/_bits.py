@@ -38,7 +38,10 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def merged(
-    original: torch.Tensor, current: torch.Tensor, dtype: torch.dtype
+    original: torch.Tensor,
+    current: torch.Tensor,
+    dtype: torch.dtype,
+    unedited: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`current` in `dtype`, with `original`'s own value wherever `current` is its unedited cast.
 
@@ -46,6 +49,7 @@ def merged(
         original: What was there before a temporary cast.
         current: What is there now, after edits, of any castable dtype.
         dtype: The dtype wanted.
+        unedited: What the cast had made of `original`, if that is known; else it is cast again.
 
     Returns:
         A tensor of `dtype`: elements edited since are the rounding of the edit, the others are the
@@ -60,8 +64,9 @@ def merged(
     """
     if original.shape != current.shape or current.is_meta:
         return current.to(dtype)
-    unedited = bits(original.to(current.dtype)) == bits(current)
-    return torch.where(unedited, original.to(dtype), current.to(dtype))
+    if unedited is None or unedited.dtype != current.dtype:
+        unedited = original.to(current.dtype)
+    return torch.where(bits(unedited) == bits(current), original.to(dtype), current.to(dtype))
 
 
 def checksum(tensor: torch.Tensor) -> int:

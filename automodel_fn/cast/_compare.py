@@ -92,7 +92,7 @@ def _differences(
 
 def _torn_groups(entries: Sequence[TensorCast], model_scan: ModelScan) -> Iterator[Finding]:
     """Storages that the entries would tear apart: planned on a model that did not share them."""
-    planned = {entry.name: entry for entry in entries}
+    planned = {name: entry for entry in entries for name in entry.names}
     for group in storage_groups(model_scan.tensors):
         members = [model_scan.tensors[index].names[0] for index in group]
         known = [planned[name] for name in members if name in planned]

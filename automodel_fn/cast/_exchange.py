@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -46,12 +46,19 @@ Originals = tuple[tuple[torch.Tensor, ...], ...]
 """What was there before: for each exchange its tensors' data."""
 
 
-def exchange(exchanges: Sequence[Exchange], *, keep_originals: bool = False) -> Originals:
+def exchange(
+    exchanges: Sequence[Exchange], *, keep_originals: bool = False, must_finish: bool = False
+) -> Originals:
     """Carry out all exchanges or none.
 
     Those that cannot be finished come first, with their originals kept; then one by one, each
     original released as soon as its exchange is done. An error or interruption rolls back as long
     as every original is there, and afterwards everything is finished before it is raised again.
+
+    Args:
+        exchanges: What to do.
+        keep_originals: Keep every original, so that any interruption rolls back.
+        must_finish: Never roll back: where what was there before is the wrong state to be in.
 
     Returns:
         The originals in the order of `exchanges`, if they are kept; else nothing.
@@ -60,13 +67,16 @@ def exchange(exchanges: Sequence[Exchange], *, keep_originals: bool = False) -> 
         PartialCastError: An interrupted run could be neither rolled back nor finished.
     """
     order = sorted(range(len(exchanges)), key=lambda i: exchanges[i].can_finish)
-    run = _Run([exchanges[i] for i in order], keep_originals)
+    run = _Run([exchanges[i] for i in order], keep_originals, must_finish)
     with _interrupts_deferred() as check_interrupt:
         run.reserve()
         try:
             while run.num_done < len(order):
-                check_interrupt()
+                if not must_finish:
+                    check_interrupt()
                 run.advance()
+            if keep_originals:
+                check_interrupt()
         except BaseException:
             run.settle()
             raise
@@ -79,10 +89,10 @@ def exchange(exchanges: Sequence[Exchange], *, keep_originals: bool = False) -> 
 class _Run:
     """The state of one run; every step can be repeated after an interruption."""
 
-    def __init__(self, exchanges: list[Exchange], keep_originals: bool) -> None:
+    def __init__(self, exchanges: list[Exchange], keep_originals: bool, must_finish: bool) -> None:
         self._exchanges = exchanges
         self._keep = keep_originals
-        self._has_released = False
+        self._has_released = must_finish
         self._fresh: tuple[int, tuple[torch.Tensor, ...]] | None = None
         self._reserve: list[torch.Tensor] = []
         self.num_done = 0
@@ -95,7 +105,7 @@ class _Run:
         sizes: dict[torch.device, int] = {}
         for item in self._exchanges:
             device = item.tensors[0].device
-            if item.can_finish and device.type != "meta":
+            if (item.can_finish or self._has_released) and device.type != "meta":
                 sizes[device] = max(sizes.get(device, 0), item.num_bytes)
         self._reserve = [
             torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()
@@ -168,32 +178,31 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _interrupts_deferred() -> Iterator[Callable[[], None]]:
+def _interrupts_deferred() -> Generator[Callable[[], None]]:
     """Let Ctrl-C wait for a moment at which it can be dealt with.
 
-    Yields a function that raises KeyboardInterrupt if one is waiting and the program has no handler
-    of its own. What was not raised so is given to the program's handler at the end. Python runs signal handlers in the main thread
-    alone; anywhere else there is nothing to defer.
+    Yields a function that gives a waiting one to the program's own handler, which may raise. What
+    was not given so is given at the end. Python runs signal handlers in the main thread alone;
+    anywhere else, and where the handler is not Python's, there is nothing to defer.
     """
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    previous: Any = signal.getsignal(signal.SIGINT) if is_main else None
+    if previous is None:
         yield lambda: None
         return
-    waiting: list[int] = []
+    waiting: list[FrameType | None] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        waiting.append(signum)
-
-    previous: Any = signal.getsignal(signal.SIGINT)
+        waiting.append(frame)
 
     def check() -> None:
-        if waiting and previous is signal.default_int_handler:
-            waiting.clear()
-            raise KeyboardInterrupt
+        if waiting and callable(previous):
+            previous(signal.SIGINT, waiting.pop())
 
     signal.signal(signal.SIGINT, note)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, previous if previous is not None else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, previous)
         if waiting:
             signal.raise_signal(signal.SIGINT)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from automodel_fn.dtypes import dtype_name, parse_dtype
 from automodel_fn.errors import ConfigError
 
@@ -79,14 +81,23 @@ def _entry_from(item: object, place: str, entry_type: type[TensorCast]) -> Tenso
             names,
             kind=_field(data, "kind", str, place),
             shape=tuple(shape),
-            from_dtype=parse_dtype(_field(data, "from_dtype", str, place)),
-            to_dtype=parse_dtype(_field(data, "to_dtype", str, place)),
+            from_dtype=_dtype(data, "from_dtype", place),
+            to_dtype=_dtype(data, "to_dtype", place),
             action=_field(data, "action", str, place),
             reason=_field(data, "reason", str, place),
             requires_grad=_field(data, "requires_grad", bool, place),
         )
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{place}: {error.args[0]}") from None
+
+
+def _dtype(data: Mapping[str, Any], name: str, place: str) -> torch.dtype:
+    try:
+        return parse_dtype(_field(data, name, str, place))
+    except ConfigError as error:
+        raise ConfigError(f"{place}.{name}: {error}") from None
 
 
 def _field(data: Mapping[str, Any], name: str, kind: type, place: str) -> Any:

@@ -17,6 +17,7 @@ from automodel_fn.plans import Row
 
 CAST, KEEP, SKIP = "cast", "keep", "skip"
 _ACTIONS = (CAST, KEEP, SKIP)
+_KINDS = ("parameter", "buffer", "nonpersistent_buffer")
 _INVERSE = "inverse of: "
 
 
@@ -43,7 +44,7 @@ class TensorCast:
     """
 
     names: tuple[str, ...]
-    kind: str = attrs.field(kw_only=True)
+    kind: str = attrs.field(kw_only=True, validator=attrs.validators.in_(_KINDS))
     shape: tuple[int, ...] = attrs.field(kw_only=True)
     from_dtype: torch.dtype = attrs.field(kw_only=True)
     to_dtype: torch.dtype = attrs.field(kw_only=True)

@@ -10,6 +10,7 @@ nothing can be said, and nothing is.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def _activations(module: nn.Module, dtype: torch.dtype) -> Iterator[torch.Tensor
         yield torch.empty(1, 2, dtype=torch.long, device="meta")
     for width in list(widths)[:_MAX_WIDTHS]:
         yield torch.empty(1, 2, width, dtype=dtype, device="meta")
-        for dims in (4, 5):
+        for dims in (3, 4, 5):
             yield torch.empty(1, width, *(8,) * (dims - 2), dtype=dtype, device="meta")
 
 
@@ -135,7 +136,8 @@ def _output_dtypes(
     """The floating dtypes that the module returns, or () if it does not run."""
     try:
         trial = _on_meta(module, keys, dtype)
-        with torch.no_grad(), _RefuseMixedDtypes():
+        with torch.no_grad(), _RefuseMixedDtypes(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             output = type(trial).forward(trial, activation)
     except Exception:  # noqa: BLE001 - user code on a guessed input: any failure means "cannot say"
         return ()

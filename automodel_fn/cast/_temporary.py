@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,6 +13,7 @@ from automodel_fn.cast._apply import Conversion, conversions_of, dry_run
 from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._exchange import Exchange, Originals, converted, exchange
 from automodel_fn.cast._planners import cast_plan, uniform_plan
+from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import scan
 from automodel_fn.dtypes import CASTABLE, parse_castable
 
@@ -20,7 +21,7 @@ from automodel_fn.dtypes import CASTABLE, parse_castable
 @contextmanager
 def temporary_cast(
     model: nn.Module, dtype: torch.dtype | str, then: torch.dtype | str | None = None
-) -> Iterator[nn.Module]:
+) -> Generator[nn.Module]:
     """Run a block with every float of a model in `dtype`; afterwards each has its own dtype again.
 
     Inside, all float32, bfloat16 and float16 tensors have `dtype`, fp32 pins and all buffers
@@ -52,14 +53,18 @@ def temporary_cast(
     inside = parse_castable(dtype)
     plan = uniform_plan(model, inside)
     entries = plan.entries if then is None else cast_plan(model, then).entries
-    targets = {e.name: e.to_dtype if then is not None else e.from_dtype for e in entries}
+    targets = {
+        name: entry.from_dtype if then is None else entry.to_dtype
+        for entry in entries
+        for name in entry.names
+    }
     conversions = tuple(conversions_of(plan.entries, scan(model)))
     dry_run(conversions)
     originals = exchange([c.exchange() for c in conversions], keep_originals=True)
     try:
         yield model
     finally:
-        exchange(_returns(model, targets, conversions, originals), keep_originals=True)
+        exchange(_returns(model, targets, conversions, originals), must_finish=True)
 
 
 def _returns(
@@ -76,15 +81,31 @@ def _returns(
         handled.update(id(tensor) for tensor in conversion.tensors)
         make = partial(_merged_all, conversion.tensors, data, target)
         made.append(_exchange(conversion.name, conversion.tensors, make))
+    return [*made, *_latecomers(model, targets, handled)]
+
+
+def _latecomers(
+    model: nn.Module, targets: Mapping[str, torch.dtype], handled: Container[int]
+) -> Iterator[Exchange]:
+    """Tensors and gradients that were put into the model inside, or had the dtype already."""
+    items = [item for item in scan(model).tensors if id(item.tensor) not in handled]
+    groups = {index: group for group in storage_groups(items) for index in group}
+    for index, item in enumerate(items):
+        group = groups.get(index, [index])
+        if index == group[0]:
+            tensors = tuple(items[member].tensor for member in group)
+            yield from _to_target(item.names[0], tensors, targets)
     for item in scan(model).tensors:
-        name, target = item.names[0], targets.get(item.names[0])
-        for tensor in (item.tensor, item.tensor.grad):
-            if tensor is None or target is None or id(tensor) in handled:
-                continue
-            if tensor.dtype in CASTABLE and tensor.dtype != target and target in CASTABLE:
-                make = partial(converted, (tensor,), target)
-                made.append(_exchange(name, (tensor,), make))
-    return made
+        if item.tensor.grad is not None and id(item.tensor.grad) not in handled:
+            yield from _to_target(item.names[0], (item.tensor.grad,), targets)
+
+
+def _to_target(
+    name: str, tensors: tuple[torch.Tensor, ...], targets: Mapping[str, torch.dtype]
+) -> Iterator[Exchange]:
+    target, stored = targets.get(name), tensors[0].dtype
+    if target in CASTABLE and stored in CASTABLE and target != stored:
+        yield _exchange(name, tensors, partial(converted, tensors, target))
 
 
 def _exchange(
@@ -100,9 +121,14 @@ def _merged_all(
     """The originals with the edits in them, on their old storage where the dtype is their own."""
     if len(tensors) == 1:
         return (_written_back(originals[0], merged(originals[0], tensors[0].detach(), dtype)),)
+    before = converted(originals, tensors[0].dtype)
+    edited = [
+        merged(original, tensor.detach(), dtype, unedited)
+        for original, tensor, unedited in zip(originals, tensors, before, strict=True)
+    ]
     fresh = converted(originals, dtype)
-    for view, original, tensor in zip(fresh, originals, tensors, strict=True):
-        view.copy_(merged(original, tensor.detach(), dtype))
+    for view, values in zip(fresh, edited, strict=True):
+        view.copy_(values)
     return fresh
 
 

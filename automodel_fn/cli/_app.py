@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
+
+from automodel_fn.cli import _options as options
 
 app = typer.Typer(
     name="automodel-fn",
@@ -15,11 +17,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
-
-Dtype = Annotated[str, typer.Option(help="Target dtype: bf16, fp16 or fp32.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -35,38 +34,21 @@ def _root(
 
 @app.command()
 def train(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder with a checkpoint, or a transformers model type with a shrunken config. "
-            "Without it: a small DeepSeek-V3 style mixture of experts.",
-            show_default=False,
-        ),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Files or folders to read as bytes (repeatable). Without it: the source of "
-            "Python's standard library.",
-            show_default=False,
-        ),
-    ] = None,
+    model: options.Model = None,
+    data: options.Data = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 60,
     microbatches: Annotated[int, typer.Option(help="Microbatches an optimizer step.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Sequences a microbatch.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens (bytes) a sequence.")] = 128,
-    dtype: Dtype = "bf16",
+    dtype: options.Dtype = "bf16",
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 2e-3,
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Recompute activations.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder; new or empty. [default: runs/DATE-TIME]", show_default=False),
-    ] = None,
+    out: options.RunFolder = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show failures only.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train a causal LM under a verified precision plan, and check that the plan was kept.
 
@@ -92,7 +74,10 @@ def train(
         out=out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"),
     )
     display = Display(console(stderr=as_json), is_quiet=quiet or as_json)
-    report = run(settings, display)
+    try:
+        report = run(settings, display)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; what there is stands in {settings.out}", 130)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     if report.failed:
@@ -102,38 +87,20 @@ def train(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A folder with a checkpoint, or a model type.")],
-    dtype: Dtype = "bf16",
-    keep_fp32: Annotated[
-        list[str] | None,
-        typer.Option(help="Keep in fp32: an FQN, a glob or re:... (repeatable).", show_default=False),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave alone, in the same grammar (repeatable).", show_default=False),
-    ] = None,
-    match: Annotated[
-        str, typer.Option(help="How declared keywords match: substring, segment or hf.")
-    ] = "substring",
-    html: Annotated[
-        Path | None, typer.Option(help="Also write the plan as a page.", show_default=False)
-    ] = None,
-    as_json: Json = False,
+    dtype: options.Dtype = "bf16",
+    keep_fp32: options.KeepFp32 = None,
+    skip: options.Skip = None,
+    match: options.Match = "substring",
+    html: options.Html = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Show what a cast would do to each tensor of a model; on the meta device, no weights needed."""
-    from automodel_fn.cast._planners import cast_plan
+    """Show what a cast would do to each tensor of a model; no weights are needed."""
     from automodel_fn.cli._display import Display, console
-    from automodel_fn.cli._models import meta_model
-    from automodel_fn.errors import ConfigError
-    from automodel_fn.render._plan_html import plan_html
+    from automodel_fn.cli._plan import make_plan
 
-    made = cast_plan(
-        meta_model(model), dtype, keep_fp32=keep_fp32 or (), skip=skip or (), match=match
+    made = make_plan(
+        model, dtype, keep_fp32=keep_fp32 or (), skip=skip or (), match=match, html=html
     )
-    if html is not None:
-        try:
-            html.write_text(plan_html(made, f"Cast plan of {model}"), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"html={str(html)!r} cannot be written: {error.strerror}.") from error
     if as_json:
         typer.echo(made.to_json(), nl=False)
     else:
@@ -141,7 +108,7 @@ def plan(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: options.Json = False) -> None:
     """Show versions, devices, and which backends can run here and why not."""
     from automodel_fn.backend._probe import probe
     from automodel_fn.cli._display import console
@@ -155,18 +122,55 @@ def doctor(as_json: Json = False) -> None:
         console().print(table)
 
 
+@app.command()
+def bench(
+    name: options.BenchmarkName = None,
+    device: options.Device = "cpu",
+    rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
+    case: options.Cases = None,
+    out: options.ResultFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure this library beside its peers, each measurement in a fresh process.
+
+    Exit code 1: ours did not keep what it promises. 2: an input is not usable, or a worker failed.
+    """
+    from automodel_fn.cli import _bench
+    from automodel_fn.cli._display import console
+
+    if name is None:
+        if as_json:
+            typer.echo(_bench.benchmarks_json(), nl=False)
+            return
+        for table in _bench.benchmark_lists():
+            console().print(table)
+        return
+    result = _bench.measure(
+        name, device=device, rounds=rounds, cases=case or (), out=out, progress=console(stderr=True)
+    )
+    if as_json:
+        typer.echo(result.to_json(), nl=False)
+    else:
+        console().print(_bench.result_table(result))
+    if broken := _bench.broken_claims(result):
+        _fail("; ".join(broken), 1)
+
+
 def main() -> None:
-    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    """Run the command line; an error of ours stands on stderr, and the exit code is 2."""
+    import logging
+
     from automodel_fn.errors import AutomodelFnError
 
+    logging.getLogger("automodel_fn").addHandler(logging.NullHandler())  # notes: shown as such
     try:
-        app()
+        app(prog_name="automodel-fn")
     except AutomodelFnError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
 
-def _fail(message: str, code: int) -> Any:
+def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"automodel-fn: {message}\n")
     sys.exit(code)

@@ -119,9 +119,7 @@ def check_loss(before: float, after: float | None, steps: int) -> Check:
     """The loss on one fixed batch is lower at the end than at the start."""
     claim = "the loss on a fixed batch fell"
     if after is None or steps < MIN_STEPS_FOR_LOSS:
-        return Check(
-            claim, passed=None, evidence=f"{steps} steps, fewer than {MIN_STEPS_FOR_LOSS}"
-        )
+        return Check(claim, passed=None, evidence=f"{steps} steps, fewer than {MIN_STEPS_FOR_LOSS}")
     return Check(claim, passed=after < before, evidence=f"{before:.4f} -> {after:.4f}")
 
 

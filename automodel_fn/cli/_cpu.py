@@ -34,10 +34,14 @@ class NarrowProductsInFloat32(TorchDispatchMode):
         """Run one operator."""
         kwargs = kwargs or {}
         schema: Any = func._schema  # pyright: ignore[reportFunctionMemberAccess]
-        if schema.name not in _PRODUCTS or args[0].dtype not in _NARROW or args[0].device.type != "cpu":
+        if schema.name not in _PRODUCTS or not _is_narrow_on_cpu(args[0]):
             return func(*args, **kwargs)
         dtype = args[0].dtype
         return func(*tree_map_only(torch.Tensor, torch.Tensor.float, args), **kwargs).to(dtype)
+
+
+def _is_narrow_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in _NARROW and tensor.device.type == "cpu"
 
 
 def products_in_float32(

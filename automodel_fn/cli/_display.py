@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -42,7 +42,7 @@ class Display:
             self._console.print(Text(text), soft_wrap=True)
 
     @contextmanager
-    def training(self, num_steps: int) -> Iterator[Callable[[int, float, float], None]]:
+    def training(self, num_steps: int) -> Generator[Callable[[int, float, float], None]]:
         """Show the progress of training; yields what to call after each optimizer step."""
         columns = (
             TextColumn("training"),

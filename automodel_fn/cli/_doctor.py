@@ -15,9 +15,11 @@ from automodel_fn.render._table import simple_table
 
 def availability_tables(found: Availability) -> Iterator[Table]:
     """Versions, devices and backends, a table each."""
-    versions = [("python", found.python, ""), ("torch", found.torch, f"CUDA {found.cuda or 'none'}")]
-    for package in found.packages:
-        versions.append((package.name, package.version or "not installed", package.problem))
+    versions = [
+        ("python", found.python, ""),
+        ("torch", found.torch, f"CUDA {found.cuda or 'none'}"),
+        *((p.name, p.version or "not installed", p.problem) for p in found.packages),
+    ]
     yield simple_table("Versions", ("package", "version", "remark"), versions)
     devices = [
         (d.name, f"sm_{d.capability[0]}{d.capability[1]}", size_text(d.memory_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import attrs
@@ -64,8 +65,11 @@ class TrainReport:
             "model_folder": self.model_folder,
             "plan": summary(self.plan.rows()),
             "notes": list(self.plan.notes),
-            "losses": list(self.losses),
-            "fixed_loss": {"before": self.fixed_loss[0], "after": self.fixed_loss[1]},
+            "losses": [_finite(loss) for loss in self.losses],
+            "fixed_loss": {
+                "before": _finite(self.fixed_loss[0]),
+                "after": _finite(self.fixed_loss[1]),
+            },
             "tokens_per_second": self.tokens_per_second,
             "num_tokens": self.num_tokens,
             "checks": [attrs.asdict(check) for check in self.checks],
@@ -74,7 +78,8 @@ class TrainReport:
 
     def to_html(self) -> str:
         """The report as one self-contained page."""
-        lead = f"{self.status}: {self.model_name}, {len(self.losses)} of {self.settings.steps} steps"
+        steps = f"{len(self.losses)} of {self.settings.steps} steps"
+        lead = f"{self.status}: {self.model_name}, {steps}"
         facts = [(name, str(value)) for name, value in self.settings.to_dict().items()]
         return page(
             "Training run",
@@ -87,6 +92,11 @@ class TrainReport:
                 section("Versions", text_table(("package", "version"), self.versions)),
             ),
         )
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _checks(checks: tuple[Check, ...]) -> str:

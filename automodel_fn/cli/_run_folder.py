@@ -14,21 +14,63 @@ from automodel_fn.errors import ConfigError
 PLAN, REPORT, PAGE, MODEL = "plan.json", "report.json", "report.html", "model"
 
 
-def make_run_folder(out: Path) -> None:
-    """Make the folder, and see that it can be written to.
+def check_run_folder(out: Path) -> None:
+    """See that a run folder can be made there; nothing is made yet.
 
     Raises:
         ConfigError: It cannot be made or written to, or has something in it already.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not above.is_dir():
+            raise ConfigError(f"out={str(out)!r} cannot be made: {str(above)!r} is no folder.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"out={str(out)!r} cannot be written to: Permission denied.")
+        if above == out and any(out.iterdir()):
             raise ConfigError(f"out={str(out)!r} is not empty; name a new folder.")
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise ConfigError(f"out={str(out)!r} cannot be written to: {error.strerror}.") from error
+
+
+def make_run_folder(out: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={str(out)!r} cannot be made: {error.strerror}.") from error
+
+
+def check_file(option: str, path: Path) -> None:
+    """See that a file can be written there; nothing is written yet.
+
+    Raises:
+        ConfigError: It is a folder, its folder does not exist, or writing is not permitted.
+    """
+    problem = ""
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not path.parent.is_dir():
+        problem = f"there is no folder {str(path.parent)!r}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "Permission denied"
+    if problem:
+        raise ConfigError(f"{option}={str(path)!r} cannot be written: {problem}.")
+
+
+def write_file(option: str, path: Path, text: str) -> None:
+    """Write a file that was asked for by an option.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option}={str(path)!r} cannot be written: {error.strerror}.") from error
 
 
 def write_plan(out: Path, plan: CastPlan) -> None:

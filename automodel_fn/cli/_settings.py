@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-from automodel_fn.dtypes import dtype_name, parse_castable
+from automodel_fn.dtypes import bf16, dtype_name, parse_castable
 from automodel_fn.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ class TrainSettings:
     """The settings of one run.
 
     Args:
-        model: A folder with a checkpoint, a transformers model type, or None for the built-in model.
+        model: A folder with a checkpoint, a transformers model type, or None for the built-in one.
         data: Files and folders to read as bytes; none stands for Python's standard library.
         steps: Optimizer steps.
         microbatches: Microbatches an optimizer step.
@@ -40,11 +40,11 @@ class TrainSettings:
 
     model: str | None = attrs.field(default=None, kw_only=True)
     data: tuple[Path, ...] = attrs.field(default=(), kw_only=True)
-    steps: int = attrs.field(default=60, kw_only=True, validator=_at_least(1))
+    steps: int = attrs.field(default=40, kw_only=True, validator=_at_least(1))
     microbatches: int = attrs.field(default=4, kw_only=True, validator=_at_least(1))
     batch_size: int = attrs.field(default=4, kw_only=True, validator=_at_least(1))
     seq_len: int = attrs.field(default=128, kw_only=True, validator=_at_least(2))
-    dtype: torch.dtype = attrs.field(default="bf16", kw_only=True, converter=parse_castable)
+    dtype: torch.dtype = attrs.field(default=bf16, kw_only=True, converter=parse_castable)
     activation_checkpointing: bool = attrs.field(default=False, kw_only=True)
     learning_rate: float = attrs.field(default=2e-3, kw_only=True)
     seed: int = attrs.field(default=0, kw_only=True, validator=_at_least(0))

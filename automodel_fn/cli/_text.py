@@ -54,9 +54,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             raise ConfigError(f"data={str(path)!r} does not exist.")
 
 
-def batches(
-    text: torch.Tensor, batch_size: int, seq_len: int, seed: int
-) -> Iterator[torch.Tensor]:
+def batches(text: torch.Tensor, batch_size: int, seq_len: int, seed: int) -> Iterator[torch.Tensor]:
     """Batches without end, each of pieces of the text at random places.
 
     Args:

@@ -16,11 +16,18 @@ from automodel_fn.cast._plan import KEEP, CastPlan
 from automodel_fn.cast._planners import cast_plan
 from automodel_fn.cast._tensors import scan
 from automodel_fn.cli import _checks as checks
+from automodel_fn.cli._configs import check_source, quiet_transformers
 from automodel_fn.cli._cpu import products_in_float32
 from automodel_fn.cli._display import Display
-from automodel_fn.cli._models import build_model, reload_model
+from automodel_fn.cli._models import build_model, check_length, recompute, reload_model
 from automodel_fn.cli._report import TrainReport
-from automodel_fn.cli._run_folder import make_run_folder, save_model, write_plan, write_report
+from automodel_fn.cli._run_folder import (
+    check_run_folder,
+    make_run_folder,
+    save_model,
+    write_plan,
+    write_report,
+)
 from automodel_fn.cli._settings import TrainSettings
 from automodel_fn.cli._text import batches, read_bytes
 from automodel_fn.cli._training import History, evaluate, fill_pins, train_steps
@@ -45,31 +52,31 @@ def train(settings: TrainSettings, display: Display, cast: Cast = apply) -> Trai
         ConfigError: A setting cannot be met.
         KeyboardInterrupt: Ctrl-C; the run folder is readable.
     """
-    torch.manual_seed(settings.seed)
+    check_run_folder(settings.out)
     text = read_bytes(settings.data)
     stream = batches(text, settings.batch_size, settings.seq_len, settings.seed)
     fixed = next(stream)
-    make_run_folder(settings.out)
+    check_source(settings.model)
+    torch.manual_seed(settings.seed)
     model, is_fresh = build_model(settings.model)
+    check_length(model, settings.seq_len)
+    if settings.activation_checkpointing:
+        recompute(model)
     plan = cast_plan(model, settings.dtype)
     if is_fresh:
         fill_pins(_pins(model, plan), settings.seed)
-    write_plan(settings.out, plan)
-    display.plan(plan)
-    expected_pins = checks.pin_bits(model, plan)
-    cast(plan, model)
-    exact = checks.check_pins_exact(model, expected_pins)
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
+    make_run_folder(settings.out)
     run = _Run(settings, display, model, plan, fixed)
+    run.begin()
     try:
-        with products_in_float32(settings.dtype, display.remark):
+        run.cast(cast)
+        with products_in_float32(settings.dtype, display.remark), quiet_transformers():
             run.train(islice(stream, settings.steps * settings.microbatches))
+            return run.finish("finished")
     except KeyboardInterrupt:
-        with suppress(KeyboardInterrupt):
-            run.finish("interrupted", exact)
+        with suppress(KeyboardInterrupt), products_in_float32(settings.dtype, lambda _: None):
+            run.finish("interrupted")
         raise
-    return run.finish("finished", exact)
 
 
 @attrs.define
@@ -82,7 +89,20 @@ class _Run:
     plan: CastPlan
     fixed: torch.Tensor
     history: History = attrs.field(factory=History)
+    exact: checks.Check | None = None
     before: float | None = None
+
+    def begin(self) -> None:
+        """Show the plan, and leave a folder that can be read whatever happens."""
+        write_plan(self.settings.out, self.plan)
+        self._write("running")
+        self.display.plan(self.plan)
+
+    def cast(self, cast: Cast) -> None:
+        """Carry the plan out, and look at once whether the pins are what they were."""
+        expected = checks.pin_bits(self.model, self.plan)
+        cast(self.plan, self.model)
+        self.exact = checks.check_pins_exact(self.model, expected)
 
     def train(self, stream: Any) -> None:
         """Train on the stream, with the loss on the fixed batch before it."""
@@ -101,32 +121,51 @@ class _Run:
                 schedule.step()
                 show(done, loss, speed)
 
-            train_steps(
-                self.model, optimizer, stream, settings.microbatches, self.history, on_step
-            )
+            train_steps(self.model, optimizer, stream, settings.microbatches, self.history, on_step)
 
-    def finish(self, status: str, exact: checks.Check) -> TrainReport:
-        """Save the model, check everything, write the report."""
+    def finish(self, status: str) -> TrainReport:
+        """Check everything, save the model, write the report."""
         done = len(self.history.losses)
         after = evaluate(self.model, self.fixed) if done else None
+        found = self._checks(done, after) if self.exact else ()
+        if status == "interrupted":  # a second Ctrl-C may come while the model is saved
+            self._write(status, found, after)
+        folder = save_model(self.settings.out, self.model) if done else ""
+        if folder:
+            loaded = reload_model(self.settings.out / folder)
+            found = (*found, checks.check_saved(self.model, loaded))
+        if status == "finished" and any(check.passed is False for check in found):
+            status = "failed"
+        report = self._write(status, found, after, folder)
+        self.display.report(report)
+        return report
+
+    def _checks(self, done: int, after: float | None) -> tuple[checks.Check, ...]:
+        num_microbatches = done * self.settings.microbatches
         recomputes = self.history.num_recompute_reads
-        found = [
-            exact,
+        assert self.exact is not None
+        return (
+            self.exact,
             checks.check_pins_fp32(self.model, self.plan),
             checks.check_dtypes(self.model, self.plan),
             checks.check_steps(
-                self.history.expected[: done * self.settings.microbatches],
-                self.history.seen[: done * self.settings.microbatches],
+                self.history.expected[:num_microbatches],
+                self.history.seen[:num_microbatches],
                 recomputes if self.settings.activation_checkpointing else None,
             ),
             checks.check_loss(self.before or 0.0, after, done),
-        ]
-        folder = save_model(self.settings.out, self.model) if done else ""
-        if done:
-            found.append(checks.check_saved(self.model, reload_model(self.settings.out / folder)))
+        )
+
+    def _write(
+        self,
+        status: str,
+        found: tuple[checks.Check, ...] = (),
+        after: float | None = None,
+        folder: str = "",
+    ) -> TrainReport:
         report = TrainReport(
             self.settings,
-            status="failed" if any(c.passed is False for c in found) else status,
+            status=status,
             plan=self.plan,
             versions=_versions(),
             model_name=_name(self.model),
@@ -134,11 +173,10 @@ class _Run:
             fixed_loss=(self.before, after),
             tokens_per_second=self.history.num_tokens / max(self.history.seconds, 1e-9),
             num_tokens=self.history.num_tokens,
-            checks=tuple(found),
+            checks=found,
             model_folder=folder,
         )
         write_report(self.settings.out, report)
-        self.display.report(report)
         return report
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
 import attrs
@@ -81,7 +81,7 @@ def train_steps(
 
 
 @contextmanager
-def _watched(model: nn.Module, history: History) -> Iterator[None]:
+def _watched(model: nn.Module, history: History) -> Generator[None]:
     """Note which step the forwards of the layers' parts read, in forward and in recompute."""
 
     def note(module: nn.Module, inputs: object) -> None:

@@ -1,5 +1,6 @@
 """Plans and reports for a person: tables for a terminal, HTML for a browser. Pure functions."""
 
+from automodel_fn.render._benchmark import BenchmarkLine, benchmark_table
 from automodel_fn.render._curve import curve_svg
 from automodel_fn.render._groups import Group, grouped, size_text, summary
 from automodel_fn.render._page import bullet_list, page, section, text_table
@@ -7,7 +8,9 @@ from automodel_fn.render._plan_html import plan_html, plan_sections
 from automodel_fn.render._table import plan_table, simple_table
 
 __all__ = [
+    "BenchmarkLine",
     "Group",
+    "benchmark_table",
     "bullet_list",
     "curve_svg",
     "grouped",

@@ -37,7 +37,8 @@ def grouped(rows: Iterable[Row]) -> tuple[Group, ...]:
     """Rows alike but for numbers in their names, in the order of their first.
 
     Example:
-        >>> row = Row("layers.0.bias", before="float32", after="bfloat16", action="cast", reason="r")
+        >>> row = Row("layers.0.bias", before="float32", after="bfloat16", action="cast",
+        ...           reason="r")
         >>> grouped([row, attrs.evolve(row, name="layers.1.bias")])[0].pattern
         'layers.{0-1}.bias'
     """
@@ -68,9 +69,10 @@ def name_pattern(names: Sequence[str]) -> str:
         >>> name_pattern(["l.0.w", "l.1.w", "l.3.w"]), name_pattern(["a.0.b.0", "a.1.b.1"])
         ('l.{0-1,3}.w', 'a.*.b.*')
     """
-    columns = [sorted({int(n) for n in column}) for column in zip(*map(_NUMBER.findall, names))]
+    found = [_NUMBER.findall(name) for name in names]
+    columns = [sorted({int(n) for n in column}) for column in zip(*found, strict=True)]
     is_grid = prod(len(column) for column in columns) == len(names)
-    texts = iter([_number_set(column) if is_grid or len(column) == 1 else "*" for column in columns])
+    texts = iter([_number_set(c) if is_grid or len(c) == 1 else "*" for c in columns])
     return _NUMBER.sub(lambda _: next(texts), names[0])
 
 
@@ -117,4 +119,5 @@ def summary(rows: Sequence[Row]) -> str:
     actions = ", ".join(f"{count} {action}" for action, count in sorted(counts.items()))
     change = f"{size_text(abs(before - after))} {'saved' if before >= after else 'more'}"
     noun = "tensor" if len(rows) == 1 else "tensors"
-    return f"{len(rows)} {noun}: {actions or 'none'}; {size_text(before)} -> {size_text(after)} ({change})"
+    sizes = f"{size_text(before)} -> {size_text(after)} ({change})"
+    return f"{len(rows)} {noun}: {actions or 'none'}; {sizes}"

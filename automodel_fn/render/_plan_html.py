@@ -14,6 +14,7 @@ from automodel_fn.render._table import short_change
 
 _LEGEND = (("keep", "kept in float32"), ("cast", "cast"), ("skip", "left alone"))
 _LAYER = re.compile(r"^(.*?)(?<![^.])(\d+)(?![^.])(.*)$")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _MAX_COLUMNS = 160
 
 
@@ -34,7 +35,8 @@ def plan_sections(plan: Plan) -> tuple[str, ...]:
     rows = plan.rows()
     picture = _legend() + _bar(rows) + _map(rows)
     notes = section("Notes on the plan", bullet_list(plan.notes)) if plan.notes else ""
-    return section("The plan in one picture", picture), notes, section("Decisions", _decisions(rows))
+    decisions = section("Decisions", _decisions(rows))
+    return section("The plan in one picture", picture), notes, decisions
 
 
 def _legend() -> str:
@@ -63,7 +65,7 @@ def _one_bar(rows: Sequence[Row], side: str, label: str, total: int) -> str:
         for action, meaning in _LEGEND
         if (size := parts[action])
     )
-    return f"<p>{label}: {size_text(sum(parts.values()))}</p><div class=\"bar\">{pieces}</div>"
+    return f'<p>{label}: {size_text(sum(parts.values()))}</p><div class="bar">{pieces}</div>'
 
 
 def _map(rows: Sequence[Row]) -> str:
@@ -71,9 +73,11 @@ def _map(rows: Sequence[Row]) -> str:
     cells: defaultdict[str, defaultdict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         found = _LAYER.match(row.name)
-        kind = f"{found[1]}*{re.sub(r'(?<![^.])[0-9]+(?![^.])', '#', found[3])}" if found else row.name
+        kind = f"{found[1]}*{_NUMBER.sub('#', found[3])}" if found else row.name
         cells[kind][int(found[2]) if found else -1].append(row)
-    layers = sorted({layer for kind in cells.values() for layer in kind})[:_MAX_COLUMNS]
+    numbers = sorted({layer for kind in cells.values() for layer in kind})
+    layers = numbers[:_MAX_COLUMNS]
+    cut = f"<p>Layers {layers[-1] + 1} to {numbers[-1]}: in the table only.</p>"
     head = "".join(f"<th>{layer if layer >= 0 else ''}</th>" for layer in layers)
     body = "".join(
         f"<tr><th><code>{escape(kind)}</code></th>"
@@ -83,7 +87,7 @@ def _map(rows: Sequence[Row]) -> str:
     )
     return (
         f'<div class="scroll"><table class="map"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>{cut if len(numbers) > len(layers) else ''}"
     )
 
 
@@ -94,7 +98,7 @@ def _cell(rows: Sequence[Row]) -> str:
     names = name_pattern([row.name for row in rows])
     text = f"{names}\n{short_change(first.before, first.after)}, {first.shape}\n{first.reason}"
     actions = {row.action for row in rows}
-    action = next(action for action, _ in _LEGEND if action in actions)
+    action = next((action for action, _ in _LEGEND if action in actions), "skip")
     return f'<td class="cell {action}" title="{escape(text)}"></td>'
 
 

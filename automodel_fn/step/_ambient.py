@@ -28,6 +28,7 @@ from automodel_fn.step._autograd import (
     evaluation,
     forward_step,
     hand_to_autograd,
+    next_node,
 )
 from automodel_fn.step._context import OFF, StepContext
 
@@ -50,6 +51,7 @@ class _Entry:
     parent: _Entry | None
     evaluation: Evaluation | None
     task_scopes: set[_Entry] | None
+    thread: int
     is_open: bool = True
 
 
@@ -58,9 +60,11 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         # Set here and not on the class: Dynamo would take a class attribute for a constant.
-        self.step = OFF
+        self.mirror: _Entry | None = None
         self.published: _Entry | None = None
         self.task_scopes: set[_Entry] = set()
+        self.first_task_node = 0
+        self.have_tasks_taken_turns = False
         self.timeline: Timeline | None = None
         self.is_handed = False
 
@@ -78,16 +82,21 @@ def _open_entry() -> _Entry | None:
     while entry is not None and not entry.is_open:
         entry = entry.parent
     if entry is not _thread.published:
+        if _thread.task_scopes:
+            _thread.have_tasks_taken_turns = True
         if _thread.timeline is not None:
-            _thread.timeline.doubt()
+            _thread.timeline.doubt(_thread.first_task_node if _thread.task_scopes else None)
         _publish(entry)
     return entry
 
 
 def _publish(entry: _Entry | None) -> None:
-    step = OFF if entry is None else entry.step
+    if not _thread.task_scopes:
+        _thread.have_tasks_taken_turns = False
+    step = OFF if entry is None or _thread.have_tasks_taken_turns else entry.step
+    is_foreign = entry is not None and entry.thread != threading.get_ident()
     _thread.published = entry
-    _thread.step = OFF if _thread.task_scopes else step
+    _thread.mirror = None if _thread.task_scopes or is_foreign else entry
     if _thread.timeline is None:
         check_torch()
         _thread.timeline = Timeline()
@@ -119,9 +128,13 @@ def current_step() -> StepContext:
         StepContext(first_microbatch=None, optim_step=False)
     """
     if torch.compiler.is_compiling():
-        return _thread.step
-    entry = _open_entry()
-    now = evaluation()
+        mirror = _thread.mirror
+        return OFF if mirror is None or not mirror.is_open else mirror.step
+    return _step_at(_open_entry(), evaluation())
+
+
+def _step_at(entry: _Entry | None, now: Evaluation | None) -> StepContext:
+    """The step in force where `entry` is the innermost scope; in a backward, only if of there."""
     if now is None or (entry is not None and entry.evaluation == now):
         return OFF if entry is None else entry.step
     return forward_step(now)
@@ -173,16 +186,18 @@ class step_context:  # noqa: N801 - used as a function, like contextlib's own
     def __enter__(self) -> StepContext:
         if self._entry is not None:
             raise ScopeError("this step_context is entered already; make a new one for each with.")
-        parent = _open_entry()
-        inherited = OFF if parent is None else parent.step
+        parent, now = _open_entry(), evaluation()
+        inherited = _step_at(parent, now)
         first, optim = self._first_microbatch, self._optim_step
         step = _STEPS[
             inherited.first_microbatch if first is _UNSET else first,
             inherited.optim_step if optim is _UNSET else optim,
         ]
         task_scopes = None if asyncio._get_running_loop() is None else _thread.task_scopes
-        entry = self._entry = _Entry(step, parent, evaluation(), task_scopes)
+        entry = self._entry = _Entry(step, parent, now, task_scopes, threading.get_ident())
         if task_scopes is not None:
+            if not task_scopes:
+                _thread.first_task_node = next_node()
             task_scopes.add(entry)
         _change_to(entry)
         return step

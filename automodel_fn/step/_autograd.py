@@ -17,8 +17,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from bisect import bisect_right
-from types import CodeType
+from bisect import bisect_left, bisect_right
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Timeline:
 
     def record(self, step: StepContext) -> None:
         """From the next node on, `step` is in force."""
-        start: int = _c._autograd._get_sequence_nr()
+        start = next_node()
         if self._starts and self._starts[-1] == start:
             self._steps[-1] = step
             return
@@ -63,10 +63,11 @@ class Timeline:
         self._starts.append(start)
         self._steps.append(step)
 
-    def doubt(self) -> None:
-        """The nodes since the last boundary may be of another step: for them it is off."""
-        if self._steps:
-            self._steps[-1] = OFF
+    def doubt(self, since: int | None = None) -> None:
+        """The nodes since the last boundary, or since `since`, may be of another step: off."""
+        first = len(self._starts) - 1 if since is None else bisect_left(self._starts, since)
+        for index in range(max(first, 0), len(self._steps)):
+            self._steps[index] = OFF
 
     def at(self, sequence_number: int) -> StepContext:
         """The step in force when the node of that number was made."""
@@ -138,16 +139,33 @@ def forward_step(current: Evaluation) -> StepContext:
     if not _c._is_key_in_tls(_KEY):
         return OFF
     timeline: Timeline = _c._get_obj_in_tls(_KEY)
-    if _is_begun_by_a_backward(timeline.thread == threading.get_ident()):
+    if _is_begun_by_a_backward(timeline.thread):
         return OFF
     return timeline.at(current[1])
 
 
-def _is_begun_by_a_backward(on_calling_thread: bool) -> bool:
+def next_node() -> int:
+    """The number that this thread's next node will have."""
+    return _c._autograd._get_sequence_nr()
+
+
+def _is_begun_by_a_backward(calling_thread: int) -> bool:
+    """Whether more than one backward is under way, here and in the thread that called the first.
+
+    One that is begun inside another may run here, in the thread that called the first, or, nested
+    more than 60 deep, in a thread of the engine's pool; the callers wait in their stacks.
+    """
+    frames = sys._current_frames()
+    threads = {calling_thread, threading.get_ident()}
+    if calling_thread not in frames:
+        return True
+    return sum(_num_backwards(frames[thread]) for thread in threads) > 1
+
+
+def _num_backwards(frame: FrameType | None) -> int:
     engine: CodeType = torch.autograd.graph._engine_run_backward.__code__
     calls = 0
-    frame = sys._getframe()
     while frame is not None:
         calls += frame.f_code is engine
         frame = frame.f_back
-    return calls > on_calling_thread
+    return calls

@@ -2,7 +2,8 @@
 
 Noticed: optimizer steps, in-place changes (version counter), a new storage (a cast, `.data = x`,
 `load_state_dict(assign=True)`), `load_state_dict`, and `invalidate`. Not noticeable: `.data.add_`,
-raw kernels, optimizers inside a CUDA graph; after these call `invalidate(model)`.
+raw kernels, optimizers inside a CUDA graph, and changes of an FSDP2-sharded weight that are no
+optimizer step; after these call `invalidate(model)`.
 
 An optimizer step is noticed through PyTorch's global hook and counts for every weight, whichever
 optimizer it was: a fused step does not move version counters, and a cache made anew once too often
@@ -17,9 +18,10 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 @attrs.define
@@ -27,11 +29,13 @@ class _Counts:
     """How often something happened that no weight shows by itself."""
 
     optimizer_steps: int = 0
+    sharded_invalidations: int = 0
     is_watching: bool = False
-    invalidations: WeakIdKeyDictionary = attrs.field(factory=WeakIdKeyDictionary)
 
 
 _counts = _Counts()
+_INVALIDATIONS = "_automodel_fn_invalidations"
+"""Attribute of a tensor. Not a table with weak references: those keep `swap_tensors` from working."""
 
 
 @attrs.frozen
@@ -43,6 +47,7 @@ class WeightStamp:
     """
 
     _storage: StorageWeakRef | None = attrs.field(eq=lambda ref: ref and ref.cdata)
+    place: tuple[Any, ...] = attrs.field(kw_only=True)
     version: int = attrs.field(kw_only=True)
     optimizer_steps: int = attrs.field(kw_only=True)
     invalidations: int = attrs.field(kw_only=True)
@@ -62,9 +67,10 @@ def weight_stamp(weight: torch.Tensor) -> WeightStamp:
     _watch_optimizers()
     return WeightStamp(
         _storage_ref(weight),
-        version=0 if weight.is_inference() else weight._version,
+        place=_place(weight),
+        version=0 if is_lazy(weight) or weight.is_inference() else weight._version,
         optimizer_steps=_counts.optimizer_steps,
-        invalidations=_counts.invalidations.get(weight, 0),
+        invalidations=_invalidations(weight),
     )
 
 
@@ -89,13 +95,27 @@ def invalidate(model: nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> None
     else:
         tensors = (model,) if isinstance(model, torch.Tensor) else model
     for tensor in tensors:
-        _counts.invalidations[tensor] = _counts.invalidations.get(tensor, 0) + 1
+        setattr(tensor, _INVALIDATIONS, _invalidations(tensor) + 1)
+        # A forward under FSDP2 sees another tensor object than the model's: count for every weight.
+        _counts.sharded_invalidations += isinstance(tensor, DTensor)
+
+
+def _invalidations(weight: torch.Tensor) -> int:
+    return getattr(weight, _INVALIDATIONS, 0) + _counts.sharded_invalidations
+
+
+def _place(weight: torch.Tensor) -> tuple[Any, ...]:
+    if is_lazy(weight):
+        return ()
+    if weight.layout is not torch.strided:
+        return tuple(weight.shape), weight.dtype
+    return tuple(weight.shape), weight.dtype, weight.stride(), weight.storage_offset()
 
 
 def _storage_ref(weight: torch.Tensor) -> StorageWeakRef | None:
     try:
         return StorageWeakRef(weight.untyped_storage())
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):
         return None  # a wrapper without a storage of its own, a sparse or an uninitialized tensor
 
 

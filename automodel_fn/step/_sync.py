@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
@@ -14,7 +14,7 @@ from automodel_fn.step._context import StepContext
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, step: StepContext) -> Iterator[None]:
+def gradient_sync(model: nn.Module, step: StepContext) -> Generator[None]:
     """Run forward and backward of one microbatch; gradients are synchronized at `optim_step` only.
 
     Covers DDP (`no_sync`) and FSDP2 (`set_requires_gradient_sync`), whether `model` is wrapped

@@ -7,7 +7,7 @@ import pytest
 
 from automodel_fn.bench import BENCHMARKS, BenchmarkResult, run_benchmark
 from automodel_fn.bench._launch import launch
-from automodel_fn.errors import ConfigError
+from automodel_fn.errors import BenchmarkError
 
 HAS_NEMO = importlib.util.find_spec("nemo_automodel") is not None
 NEMO = "nemo_automodel cast_model_to_dtype"
@@ -44,7 +44,7 @@ def test_a_peer_that_is_not_installed_is_reported_by_the_worker():
 def test_a_worker_that_fails_is_an_error_with_its_last_lines():
     request = {"benchmark": "cast", "device": "cpu", "case": "quick-few", "subject": "nobody"}
 
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(BenchmarkError) as caught:
         launch(request)
 
     message = str(caught.value)

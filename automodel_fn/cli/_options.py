@@ -1,0 +1,78 @@
+"""The options of the commands, with their help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Dtype = Annotated[str, typer.Option(help="Target dtype: bf16, fp16 or fp32.", metavar="DTYPE")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder with a checkpoint, or a transformers model type with a shrunken config. "
+        "Without it: a small DeepSeek-V3 style mixture of experts.",
+        metavar="MODEL",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="File or folder to read as bytes (repeatable). Without it: the source of Python's "
+        "standard library.",
+        metavar="PATH",
+        show_default=False,
+    ),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run folder; new or empty. [default: runs/DATE-TIME]",
+        metavar="FOLDER",
+        show_default=False,
+    ),
+]
+
+KeepFp32 = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Keep in fp32: an FQN, a glob or re:... (repeatable).",
+        metavar="PATTERN",
+        show_default=False,
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Leave alone, in the same grammar (repeatable).",
+        metavar="PATTERN",
+        show_default=False,
+    ),
+]
+Match = Annotated[
+    str,
+    typer.Option(help="How declared keywords match: substring, segment or hf.", metavar="RULE"),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option(help="Also write the plan as a page.", metavar="FILE", show_default=False),
+]
+
+BenchmarkName = Annotated[
+    str | None, typer.Argument(help="The benchmark. Without it: the list of them.", metavar="NAME")
+]
+Device = Annotated[str, typer.Option(help="Where to measure: cpu or cuda.", metavar="DEVICE")]
+Cases = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A case, a glob or a group (repeatable). [default: the group full]",
+        metavar="CASE",
+        show_default=False,
+    ),
+]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option(help="Also write the result as JSON.", metavar="FILE", show_default=False),
+]

@@ -1,0 +1,44 @@
+"""The command plan: a cast of a model, shown and not done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from automodel_fn.cast._plan import CastPlan
+from automodel_fn.cast._planners import cast_plan
+from automodel_fn.cli._models import meta_model
+from automodel_fn.cli._run_folder import check_file, write_file
+from automodel_fn.dtypes import parse_castable
+from automodel_fn.render._plan_html import plan_html
+
+
+def make_plan(
+    model: str,
+    dtype: str,
+    *,
+    keep_fp32: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    match: str = "substring",
+    html: Path | None = None,
+) -> CastPlan:
+    """The cast plan of a model on the meta device.
+
+    Args:
+        model: A folder with a checkpoint, or a model type.
+        dtype: Name of the target dtype.
+        keep_fp32: Patterns of what stays in float32.
+        skip: Patterns of what is left alone.
+        match: How declared keywords match.
+        html: Where to write the plan as a page.
+
+    Raises:
+        ConfigError: An argument cannot be met.
+    """
+    target = parse_castable(dtype)
+    if html is not None:
+        check_file("html", html)
+    made = cast_plan(meta_model(model), target, keep_fp32=keep_fp32, skip=skip, match=match)
+    if html is not None:
+        write_file("html", html, plan_html(made, f"Cast plan of {model}"))
+    return made

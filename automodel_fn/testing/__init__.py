@@ -1,0 +1,40 @@
+"""Strategies and laws for property tests of your own models; needs hypothesis."""
+
+from automodel_fn.errors import BackendUnavailableError
+
+try:
+    import hypothesis as _hypothesis  # noqa: F401 - to say what is missing, and how to get it
+except ModuleNotFoundError as error:
+    raise BackendUnavailableError(
+        "automodel_fn.testing needs hypothesis, which is not installed; "
+        "run pip install 'automodel_fn[testing]'."
+    ) from error
+
+from automodel_fn.testing._laws_atomic import InjectedError, check_all_or_nothing
+from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
+from automodel_fn.testing._laws_frozen import check_frozen_plan
+from automodel_fn.testing._laws_inverse import check_inverse, check_undo
+from automodel_fn.testing._laws_plan import check_plan_is_pure
+from automodel_fn.testing._laws_step import StepScopeMachine
+from automodel_fn.testing._laws_temporary import check_temporary_cast
+from automodel_fn.testing._strategies_arguments import pin_patterns, step_contexts
+from automodel_fn.testing._strategies_models import models
+from automodel_fn.testing._strategies_tensors import dtypes, tensors
+
+__all__ = [
+    "InjectedError",
+    "StepScopeMachine",
+    "check_aliases_kept",
+    "check_all_or_nothing",
+    "check_cast_exact",
+    "check_frozen_plan",
+    "check_inverse",
+    "check_plan_is_pure",
+    "check_temporary_cast",
+    "check_undo",
+    "dtypes",
+    "models",
+    "pin_patterns",
+    "step_contexts",
+    "tensors",
+]
