@@ -1,7 +1,9 @@
+import logging
 import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # With --import-mode=importlib a test folder is not on the path, and the corner models lie beside the tests.
@@ -14,3 +16,8 @@ settings.register_profile("dev", max_examples=25, **common)
 settings.register_profile("ci", max_examples=200, derandomize=True, database=None, **common)
 settings.register_profile("nightly", max_examples=2000, print_blob=True, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_plans():
+    logging.getLogger("automodel_fn").setLevel(logging.ERROR)

@@ -32,7 +32,9 @@ def test_a_cast_is_exact_whatever_is_pinned_and_skipped(model, dtype, data):
 @example(torch.tensor([1.00390625]), torch.bfloat16)
 @example(torch.tensor([1.01171875]), torch.bfloat16)
 @example(torch.tensor([-0.0, 1e-45, float("inf")]), torch.bfloat16)
-@example(torch.tensor([0x7F800001, 0x7FC00123], dtype=torch.int32).view(torch.float32), torch.float16)
+@example(
+    torch.tensor([0x7F800001, 0x7FC00123], dtype=torch.int32).view(torch.float32), torch.float16
+)
 @example(torch.tensor([3.4028235e38]), torch.bfloat16)
 @example(torch.zeros(0, 3).t(), torch.bfloat16)
 def test_one_tensor_is_cast_as_torch_does_it(tensor, dtype):

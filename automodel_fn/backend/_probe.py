@@ -59,8 +59,10 @@ def _package(name: str) -> Package:
         return Package(name)
     module = _MODULES[name]
     problem = "" if importlib.util.find_spec(module) else f"its module {module} is not importable"
-    if name == "transformer-engine" and not problem and not importlib.util.find_spec(
-        "transformer_engine_torch"
+    if (
+        name == "transformer-engine"
+        and not problem
+        and not importlib.util.find_spec("transformer_engine_torch")
     ):
         problem = "its PyTorch extension is not installed (transformer-engine[pytorch])"
     return Package(name, version=version, problem=problem)

@@ -79,7 +79,9 @@ def apply_cast_plan(
         bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
         notes=(*plan.notes, *_view_note(conversions)),
         checksums=_checksums(model_scan) if checksum else (),
-        undo_cast=_Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None,
+        undo_cast=_Undo(conversions, originals, WeakObjects(target)).run
+        if keep_originals
+        else None,
     )
 
 
@@ -146,7 +148,9 @@ def _belongings(
 
 def dry_run(conversions: Sequence[Conversion]) -> None:
     """Cast one element of each kind, so that what cannot be cast fails before anything changes."""
-    kinds = {(type(t), c.from_dtype, c.to_dtype, t.device): t for c in conversions for t in c.tensors}
+    kinds = {
+        (type(t), c.from_dtype, c.to_dtype, t.device): t for c in conversions for t in c.tensors
+    }
     for (kind, from_dtype, to_dtype, _), tensor in kinds.items():
         try:
             tensor.detach().new_empty(1).to(to_dtype)

@@ -45,9 +45,7 @@ def _float_dtype(values: Any) -> torch.dtype | None:
 
 
 def _to(values: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(
-        torch.Tensor, lambda t: t.to(dtype) if t.dtype in _NARROW else t, values
-    )
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.dtype in _NARROW else t, values)
 
 
 def _back(values: Any, dtype: torch.dtype) -> Any:

@@ -136,7 +136,7 @@ class _Run:
         while self.num_done < len(self._exchanges):
             try:
                 self.advance()
-            except BaseException as error:  # noqa: BLE001 - the first one is raised afterwards
+            except BaseException as error:
                 failures += 1
                 if failures == _TRIES:
                     raise self._stuck() from error
@@ -157,9 +157,7 @@ def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -
         tensor.data = new
 
 
-def converted(
-    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
+def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Each tensor in `dtype`; several are views of one storage, and so are the results."""
     if len(tensors) == 1:
         return (tensors[0].detach().to(dtype),)

@@ -42,9 +42,7 @@ def _entry_to_dict(entry: TensorCast) -> dict[str, Any]:
     }
 
 
-def plan_from_json(
-    text: str, plan_type: type[CastPlan], entry_type: type[TensorCast]
-) -> CastPlan:
+def plan_from_json(text: str, plan_type: type[CastPlan], entry_type: type[TensorCast]) -> CastPlan:
     """Read what `plan_to_json` wrote.
 
     Raises:

@@ -114,9 +114,7 @@ def _notes(matched: dict[Declaration, list[str]], match: str) -> Iterator[str]:
             )
 
 
-def _declarations(
-    model_scan: ModelScan, match: str, dtype: torch.dtype
-) -> Iterator[Declaration]:
+def _declarations(model_scan: ModelScan, match: str, dtype: torch.dtype) -> Iterator[Declaration]:
     for name, _, module in model_scan.modules:
         for source, keywords in _keywords(module, match, dtype):
             for keyword in keywords:
@@ -177,4 +175,6 @@ def _hf_pattern(keyword: str, source: str) -> re.Pattern[str]:
     try:
         return build_glob_alternation([keyword])[0]
     except re.error as error:
-        raise ConfigError(f"{source} has the keyword {keyword!r}, no expression: {error}.") from None
+        raise ConfigError(
+            f"{source} has the keyword {keyword!r}, no expression: {error}."
+        ) from None

@@ -156,9 +156,7 @@ def _pinned_or(
     return otherwise() if reason is None else kept(item, reason)
 
 
-def cast_rule(
-    item: NamedTensor, dtype: torch.dtype, buffers: str, reason: str = ""
-) -> Decision:
+def cast_rule(item: NamedTensor, dtype: torch.dtype, buffers: str, reason: str = "") -> Decision:
     """The decision for a tensor that nothing pins: cast it if its kind is cast."""
     found = uncastable(item)
     if found is not None:

@@ -147,9 +147,7 @@ def _output_dtypes(
 class _RefuseMixedDtypes(TorchDispatchMode):
     """Fail where a real device would: a matrix product of two dtypes."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.name in _SAME_DTYPE_OPS:
             floats = [t for t in _tensors_in((args, kwargs)) if t.is_floating_point()]

@@ -15,9 +15,7 @@ from automodel_fn.fqn import (
 )
 
 
-def selected(
-    model_scan: ModelScan, value: str | Iterable[str], argument: str
-) -> dict[int, str]:
+def selected(model_scan: ModelScan, value: str | Iterable[str], argument: str) -> dict[int, str]:
     """For each tensor that is named (by its index) the first pattern that names it.
 
     A pattern names a tensor by any of its names, with or without wrappers, or a module and with it

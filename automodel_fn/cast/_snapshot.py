@@ -41,9 +41,7 @@ class Snapshot:
     """
 
     tensors: tuple[SavedTensor, ...]
-    model_ref: WeakObjects = attrs.field(
-        factory=WeakObjects, kw_only=True, eq=False, repr=False
-    )
+    model_ref: WeakObjects = attrs.field(factory=WeakObjects, kw_only=True, eq=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def _step_at(entry: _Entry | None, now: Evaluation | None) -> StepContext:
     return forward_step(now)
 
 
-class step_context:  # noqa: N801 - used as a function, like contextlib's own
+class step_context:
     """Put a step context in force for a `with` block.
 
     Scoped and immutable: what stood before stands again afterwards, also after an error. Seen by
@@ -245,7 +245,9 @@ def _check_fields(first_microbatch: object, optim_step: object) -> None:
     if not (
         first_microbatch is _UNSET or first_microbatch is None or isinstance(first_microbatch, bool)
     ):
-        raise ConfigError(f"first_microbatch={first_microbatch!r} must be True, False or None (off).")
+        raise ConfigError(
+            f"first_microbatch={first_microbatch!r} must be True, False or None (off)."
+        )
     if not (optim_step is _UNSET or isinstance(optim_step, bool)):
         raise ConfigError(f"optim_step={optim_step!r} must be True or False.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import attrs
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from automodel_fn.testing._oracle import (
     settle_kind,
     settle_shared_storages,
 )
-from automodel_fn.testing._twin import is_plain, tensors_of
+from automodel_fn.testing._twin import bits_of, is_plain, storage_key, tensors_of
 
 
 def expected_cast(
@@ -102,14 +103,21 @@ def _is_mixed(module: nn.Module, pins: set[int]) -> bool:
 def facts_after(model: nn.Module, targets: Mapping[int, torch.dtype]) -> Facts:
     """What each name must stand for once every tensor has its target dtype: bits of `tensor.to`.
 
+    `tensor.to` gives a NaN other bits in another layout; where views of one storage overlap, an
+    element may have the bits that any of them asks for.
+
     Args:
         model: The model as it was before.
         targets: The dtype afterwards, by the id of the tensor.
     """
-    return {name: _fact_after(t, targets[id(t)]) for name, t in tensors_of(model)}
+    named = dict(tensors_of(model))
+    return {
+        name: _fact_after(tensor, targets[id(tensor)], list(named.values()))
+        for name, tensor in named.items()
+    }
 
 
-def _fact_after(tensor: torch.Tensor, dtype: torch.dtype) -> Fact:
+def _fact_after(tensor: torch.Tensor, dtype: torch.dtype, all_tensors: list[torch.Tensor]) -> Fact:
     if dtype == tensor.dtype:
         return fact_of(tensor)
     after = tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
@@ -117,7 +125,26 @@ def _fact_after(tensor: torch.Tensor, dtype: torch.dtype) -> Fact:
         follows = tensor.grad.dtype == tensor.dtype
         after.grad_dtype = None
         after.grad = tensor.grad.to(dtype) if follows else tensor.grad
-    return fact_of(after)
+    overlaid = [_overlaid(tensor, t, dtype) for t in all_tensors if _overlap(tensor, t)]
+    return attrs.evolve(fact_of(after), bits_where_shared=tuple(overlaid))
+
+
+def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if other is tensor or not (is_plain(other) and tensor.numel() and other.numel()):
+        return False
+    return not tensor.is_meta and storage_key(tensor) == storage_key(other)
+
+
+def _overlaid(tensor: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of the tensor after its cast if `other` were cast over it."""
+    length = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    numbers = torch.arange(length, device=tensor.device)
+    image = torch.zeros(length, dtype=dtype, device=tensor.device)
+    for view in (tensor, other):
+        places = numbers.as_strided(view.shape, view.stride(), view.storage_offset())
+        image[places.reshape(-1)] = view.detach().to(dtype).reshape(-1)
+    places = numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return bits_of(image[places])
 
 
 def targets_of(cases: Iterable[Case]) -> dict[int, torch.dtype]:

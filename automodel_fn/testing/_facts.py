@@ -15,7 +15,11 @@ _LINES_SHOWN = 10
 
 @attrs.frozen
 class Fact:
-    """What one name of a model stands for."""
+    """What one name of a model stands for.
+
+    `bits_where_shared` are further bits that an element may have, each for all elements: where
+    views overlap, one piece of memory has to serve them all.
+    """
 
     tensor: torch.Tensor = attrs.field(eq=False, repr=False)
     dtype: torch.dtype
@@ -26,6 +30,7 @@ class Fact:
     requires_grad: bool
     bits: torch.Tensor | None = attrs.field(eq=False, repr=False)
     grad: Fact | None = attrs.field(eq=False, repr=False)
+    bits_where_shared: tuple[torch.Tensor, ...] = attrs.field(default=(), eq=False, repr=False)
 
 
 Facts = Mapping[str, Fact]
@@ -52,13 +57,15 @@ def facts_of(model: nn.Module) -> Facts:
     return {name: fact_of(tensor) for name, tensor in tensors_of(model)}
 
 
-def same_bits(left: Fact, right: Fact) -> bool:
-    """Whether two records agree in dtype, shape and every bit."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    if left.bits is None or right.bits is None:
-        return left.bits is right.bits
-    return torch.equal(left.bits, right.bits)
+def wrong_elements(now: Fact, then: Fact) -> list[int]:
+    """The places at which `now` has other bits than `then` allows."""
+    if now.bits is None or then.bits is None:
+        return [] if now.bits is then.bits else [0]
+    found = now.bits.reshape(-1, now.dtype.itemsize)
+    wrong = torch.ones(len(found), dtype=torch.bool, device=found.device)
+    for bits in (then.bits, *then.bits_where_shared):
+        wrong &= (bits.reshape(found.shape) != found).any(dim=1)
+    return wrong.nonzero().flatten().tolist()
 
 
 def values_differ(found: Facts, expected: Facts) -> Iterator[str]:
@@ -92,25 +99,24 @@ def _value_differs(now: Fact, then: Fact) -> str:
         return f"is {now.dtype}, expected {then.dtype}"
     if now.requires_grad != then.requires_grad:
         return f"has requires_grad={now.requires_grad}, expected {then.requires_grad}"
-    if not same_bits(now, then):
-        return f"has other bits than expected: {_first_bits(now, then)}"
+    if now.shape != then.shape:
+        return f"has the shape {now.shape}, expected {then.shape}"
+    if wrong := wrong_elements(now, then):
+        return f"has other bits than expected: {_bits_at(wrong[0], now, then)}"
     if now.grad is None or then.grad is None:
         return "" if now.grad is then.grad else "lost or gained its gradient"
     text = _value_differs(now.grad, then.grad)
     return f"has a gradient that {text}" if text else ""
 
 
-def _first_bits(now: Fact, then: Fact) -> str:
-    if now.bits is None or then.bits is None or now.shape != then.shape or not len(now.bits):
-        return f"shape {now.shape}, expected {then.shape}"
+def _bits_at(place: int, now: Fact, then: Fact) -> str:
     size = now.dtype.itemsize
-    place = int((now.bits != then.bits).nonzero()[0]) // size * size
     found, expected = (
-        bytes(reversed(fact.bits[place : place + size].tolist())).hex()
+        bytes(reversed(fact.bits[place * size : (place + 1) * size].tolist())).hex()
         for fact in (now, then)
         if fact.bits is not None
     )
-    return f"0x{found} at element {place // size}, expected 0x{expected}"
+    return f"0x{found} at element {place}, expected 0x{expected}"
 
 
 def demand_none(head: str, complaints: Iterable[str]) -> None:

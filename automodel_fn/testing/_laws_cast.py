@@ -106,7 +106,7 @@ def _torn(one: str, other: str, after: Facts, before: Facts) -> Iterator[str]:
     did_share = _share(one, other, before)
     if did_share != _share(one, other, after):
         yield "shared one storage and do no longer" if did_share else "came to share one storage"
-    elif did_share and _placed(one, other, before) != _placed(one, other, after):
+    elif did_share and not was_tied and _placed(one, other, before) != _placed(one, other, after):
         yield "lie otherwise in their shared storage than before"
 
 

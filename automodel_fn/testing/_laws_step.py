@@ -17,7 +17,10 @@ from automodel_fn.testing._strategies_arguments import step_contexts
 _OFF = StepContext()
 _FIELDS = st.fixed_dictionaries(
     {},
-    optional={"first_microbatch": st.sampled_from((None, True, False)), "optim_step": st.booleans()},
+    optional={
+        "first_microbatch": st.sampled_from((None, True, False)),
+        "optim_step": st.booleans(),
+    },
 )
 
 

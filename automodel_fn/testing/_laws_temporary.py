@@ -54,12 +54,12 @@ def check_temporary_cast(
 
 
 def _expected_after(twin: nn.Module, then: torch.dtype | None) -> Facts:
-    return facts_of(twin) if then is None else facts_after(twin, targets_of(expected_cast(twin, then)))
+    return (
+        facts_of(twin) if then is None else facts_after(twin, targets_of(expected_cast(twin, then)))
+    )
 
 
-def _run_block(
-    twin: nn.Module, dtype: torch.dtype, then: torch.dtype | None, raises: bool
-) -> None:
+def _run_block(twin: nn.Module, dtype: torch.dtype, then: torch.dtype | None, raises: bool) -> None:
     before = facts_of(twin)
     inside = facts_after(twin, targets_of(expected_uniform(twin, dtype)))
     try:
@@ -79,7 +79,11 @@ def _check_edits(model: nn.Module, dtype: torch.dtype) -> None:
     """A twin that is edited in its own dtype is what must come out."""
     twin, wanted = twin_of(model), twin_of(model)
     own = {name: tensor.dtype for name, tensor in tensors_of(wanted)}
-    cast = [case.paths[0].raw_name for case in expected_uniform(twin, dtype) if case.to_dtype != case.tensor.dtype]
+    cast = [
+        case.paths[0].raw_name
+        for case in expected_uniform(twin, dtype)
+        if case.to_dtype != case.tensor.dtype
+    ]
     with temporary_cast(twin, dtype), torch.no_grad():
         inside, outside = dict(tensors_of(twin)), dict(tensors_of(wanted))
         for name in cast:

@@ -50,7 +50,9 @@ def _wrapper_places(path: Path) -> list[bool]:
     places: list[bool] = []
     for i, (module, key) in enumerate(zip(path.modules[:-1], path.keys[:-1], strict=True)):
         child = path.modules[i + 1]
-        holds_nothing_else = len(module._modules) == 1 and not (module._parameters or module._buffers)
+        holds_nothing_else = len(module._modules) == 1 and not (
+            module._parameters or module._buffers
+        )
         places.append(
             key in _WRAPPERS
             or (key == "module" and isinstance(module, DataParallel | DistributedDataParallel))
@@ -160,9 +162,9 @@ def settle_kind(case: Case, dtype: torch.dtype, buffers: str, is_pin: bool) -> N
         case.settle(FIRM_SKIP)
     elif is_pin:
         case.settle(KEEP, torch.float32)
-    elif not case.is_parameter and buffers != "all" and (buffers == "none" or not case.is_persistent):
-        case.settle(MILD_SKIP)
-    elif case.tensor.dtype == dtype:
+    elif (
+        not case.is_parameter and buffers != "all" and (buffers == "none" or not case.is_persistent)
+    ) or case.tensor.dtype == dtype:
         case.settle(MILD_SKIP)
     else:
         case.settle(CAST, dtype)

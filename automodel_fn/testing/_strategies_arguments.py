@@ -19,9 +19,7 @@ def step_contexts() -> st.SearchStrategy[StepContext]:
         >>> find(step_contexts(), lambda step: step.optim_step)
         StepContext(first_microbatch=None, optim_step=True)
     """
-    return st.builds(
-        StepContext, st.sampled_from((None, True, False)), optim_step=st.booleans()
-    )
+    return st.builds(StepContext, st.sampled_from((None, True, False)), optim_step=st.booleans())
 
 
 def pin_patterns(model: nn.Module) -> st.SearchStrategy[tuple[str, ...]]:
@@ -38,7 +36,10 @@ def pin_patterns(model: nn.Module) -> st.SearchStrategy[tuple[str, ...]]:
         ('re:weight',)
     """
     spellings = [
-        name for case in cases_of(model) for path in case.paths for name in (path.name(), path.raw_name)
+        name
+        for case in cases_of(model)
+        for path in case.paths
+        for name in (path.name(), path.raw_name)
     ]
     if not spellings:
         return st.just(())

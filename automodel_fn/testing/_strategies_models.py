@@ -42,6 +42,24 @@ _WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+class Part(nn.Module):
+    """A module of a made-up model; its repr tells how each tensor came to be.
+
+    Example:
+        >>> Part()
+        Part()
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.story: dict[str, str] = {}
+
+    def extra_repr(self) -> str:
+        """The tensors and the fp32 pins that it declares."""
+        pins = [f"{k}={v!r}" for k, v in vars(self).items() if k.startswith("_keep_in_fp32")]
+        return ", ".join([*(f"{name}: {text}" for name, text in self.story.items()), *pins])
+
+
 @attrs.define
 class _Made:
     """What is there to be tied, shared and viewed."""
@@ -49,6 +67,15 @@ class _Made:
     parameters: list[nn.Parameter] = attrs.field(factory=list)
     buffers: list[torch.Tensor] = attrs.field(factory=list)
     modules: list[nn.Module] = attrs.field(factory=list)
+
+    def label(self, tensor: torch.Tensor) -> str:
+        """A tensor in words; a number tells which of the made ones it is."""
+        known = [*self.parameters, *self.buffers]
+        number = next((i for i, other in enumerate(known) if other is tensor), -1)
+        traits = [str(tensor.dtype).removeprefix("torch."), str(tuple(tensor.shape))]
+        traits += [f"stride {tensor.stride()}"] if not tensor.is_contiguous() else []
+        traits += [w for w in ("requires_grad", "grad") if getattr(tensor, w) not in (False, None)]
+        return f"#{number} {' '.join(traits)}"
 
 
 @st.composite
@@ -77,9 +104,11 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 
 def _module(draw: st.DrawFn, made: _Made, depth: int) -> nn.Module:
-    module = nn.Module()
+    module = Part()
     for name in _NAMES[: draw(st.integers(0, len(_NAMES)))]:
-        _SLOTS[draw(st.sampled_from(tuple(_SLOTS)))](draw, module, name, made)
+        kind = draw(st.sampled_from(tuple(_SLOTS)))
+        tensor = _SLOTS[kind](draw, module, name, made)
+        module.story[name] = kind if tensor is None else f"{kind} {made.label(tensor)}"
     _declare(draw, module)
     if depth:
         for name in draw(st.lists(st.sampled_from(_CHILDREN), max_size=2, unique=True)):
@@ -117,48 +146,58 @@ def _data(draw: st.DrawFn) -> torch.Tensor:
     return laid_out(corner_tensor(dtype, shape, start), draw(st.sampled_from(_LAYOUTS)))
 
 
-def _new_parameter(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
-    _register_parameter(draw, module, name, _data(draw), made)
+def _new_parameter(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor:
+    return _register(draw, module, name, _data(draw), made, is_parameter=True)
 
 
-def _register_parameter(
-    draw: st.DrawFn, module: nn.Module, name: str, data: torch.Tensor, made: _Made
-) -> None:
+def _new_buffer(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor:
+    return _register(draw, module, name, _data(draw), made, is_parameter=False)
+
+
+def _register(
+    draw: st.DrawFn,
+    module: nn.Module,
+    name: str,
+    data: torch.Tensor,
+    made: _Made,
+    *,
+    is_parameter: bool,
+) -> torch.Tensor:
+    if not is_parameter:
+        module.register_buffer(name, data, persistent=draw(st.booleans()))
+        made.buffers.append(data)
+        return data
     is_float = data.dtype.is_floating_point or data.dtype.is_complex
     parameter = nn.Parameter(data, requires_grad=is_float and draw(st.booleans()))
     if parameter.requires_grad and draw(st.booleans()):
         parameter.grad = data.detach().clone()
     module.register_parameter(name, parameter)
     made.parameters.append(parameter)
+    return parameter
 
 
-def _tie(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
+def _tie(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor | None:
     tied = draw(st.sampled_from(made.parameters)) if made.parameters else None
     module.register_parameter(name, tied)
+    return tied
 
 
-def _new_buffer(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
-    module.register_buffer(name, _data(draw), persistent=draw(st.booleans()))
-    made.buffers.append(module.get_buffer(name))
-
-
-def _shared_buffer(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
+def _shared_buffer(
+    draw: st.DrawFn, module: nn.Module, name: str, made: _Made
+) -> torch.Tensor | None:
     shared = draw(st.sampled_from(made.buffers)) if made.buffers else None
     module.register_buffer(name, shared, persistent=draw(st.booleans()))
+    return shared
 
 
-def _view(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
+def _view(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor:
     """Another view of a storage that is there already, or of a new one."""
     known = [t.detach() for t in (*made.parameters, *made.buffers) if t.numel()]
     base = draw(st.sampled_from(known)) if known else _data(draw)
     view = base[..., 1:] if base.dim() and base.shape[-1] > 1 else base.view(base.shape)
     if base.dtype == torch.float32 and draw(st.integers(0, 3)) == 3:
         view = view.view(torch.int32)
-    if draw(st.booleans()):
-        _register_parameter(draw, module, name, view, made)
-    else:
-        module.register_buffer(name, view, persistent=draw(st.booleans()))
-        made.buffers.append(view)
+    return _register(draw, module, name, view, made, is_parameter=draw(st.booleans()))
 
 
 def _none(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
@@ -168,7 +207,7 @@ def _none(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
         module.register_buffer(name, None)
 
 
-_SLOTS: dict[str, Callable[[st.DrawFn, nn.Module, str, _Made], None]] = {
+_SLOTS: dict[str, Callable[[st.DrawFn, nn.Module, str, _Made], torch.Tensor | None]] = {
     "parameter": _new_parameter,
     "buffer": _new_buffer,
     "tie": _tie,

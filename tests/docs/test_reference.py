@@ -9,7 +9,9 @@ import pytest
 import automodel_fn
 from automodel_fn.errors import AutomodelFnError
 
-_DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception|data):: +automodel_fn\.(\w+)$", re.M)
+_DIRECTIVE = re.compile(
+    r"^\.\. auto(?:function|class|exception|data):: +automodel_fn\.(\w+)$", re.M
+)
 
 
 def _is_ours(value):
