@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# With --import-mode=importlib a test folder is not on the path, and the corner models lie beside the tests.
+# With --import-mode=importlib a test folder is not on the path; the corner models lie in it.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # A model is many draws; the first example also imports parts of torch.

@@ -112,7 +112,7 @@ _NEEDS: tuple[tuple[str, str, tuple[int, int] | None], ...] = (
     ("te_fp8=block", "transformer-engine", (9, 0)),
     ("te_fp8=mxfp8", "transformer-engine", (10, 0)),
 )
-"""Backend, the package it needs ("" for none), the least compute capability (None for any device)."""
+"""Backend, the package it needs ("" for none), the least compute capability (None for any)."""
 
 PACKAGES = tuple(dict.fromkeys(package for _, package, _ in _NEEDS if package))
 

@@ -54,11 +54,11 @@ def findings(
     holders = {name: item for item in model_scan.tensors for name in item.names}
     found = [f for entry in entries for f in _differences(entry, holders, dtype_of(entry))]
     planned = {name for entry in entries for name in entry.names}
-    for item in model_scan.tensors:
-        if not planned.intersection(item.names):
-            found.append(
-                Finding(item.names[0], what="presence", expected="absent", found="a tensor")
-            )
+    found += [
+        Finding(item.names[0], what="presence", expected="absent", found="a tensor")
+        for item in model_scan.tensors
+        if not planned.intersection(item.names)
+    ]
     return (*found, *_torn_groups(entries, model_scan))
 
 

@@ -100,12 +100,12 @@ class _Run:
 
     def reserve(self) -> None:
         """Set memory aside for the largest exchange that may have to be finished, per device."""
-        if self._keep:
+        if self._keep or self._has_released:
             return
         sizes: dict[torch.device, int] = {}
         for item in self._exchanges:
             device = item.tensors[0].device
-            if (item.can_finish or self._has_released) and device.type != "meta":
+            if item.can_finish and device.type != "meta":
                 sizes[device] = max(sizes.get(device, 0), item.num_bytes)
         self._reserve = [
             torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()

@@ -1,4 +1,4 @@
-"""From a rule for each tensor to the entries of a plan: one decision a storage, none half pinned."""
+"""From a rule for each tensor to the entries of a plan: one decision a storage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def uncastable(item: NamedTensor) -> Decision | None:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds its own dense storage, and no subclass decides what its data is."""
-    ordinary = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    ordinary = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore
     return ordinary and tensor.layout is torch.strided and not tensor.is_quantized
 
 

@@ -114,7 +114,7 @@ def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
         if not alive:
             raise ConfigError("model=None: the snapshot's model is gone; say which one.")
         model = alive[0]
-    items = scan(model).tensors
+    items = scan(model).tensors  # pyright: ignore
     held = {item.names: item for item in items}
     found = [finding for one in saved.tensors for finding in _misfits(one, held)]
     if found:

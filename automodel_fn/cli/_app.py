@@ -26,9 +26,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from automodel_fn import __version__
+        from importlib.metadata import version as version_of
 
-        typer.echo(__version__)
+        typer.echo(version_of("automodel_fn"))
         raise typer.Exit
 
 

@@ -74,7 +74,8 @@ def train(settings: TrainSettings, display: Display, cast: Cast = apply) -> Trai
             run.train(islice(stream, settings.steps * settings.microbatches))
             return run.finish("finished")
     except KeyboardInterrupt:
-        with suppress(KeyboardInterrupt), products_in_float32(settings.dtype, lambda _: None):
+        quietly = products_in_float32(settings.dtype, lambda _: None)
+        with suppress(KeyboardInterrupt), quietly, quiet_transformers():
             run.finish("interrupted")
         raise
 

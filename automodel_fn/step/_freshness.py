@@ -35,7 +35,7 @@ class _Counts:
 
 _counts = _Counts()
 _INVALIDATIONS = "_automodel_fn_invalidations"
-"""Attribute of a tensor. Not a table with weak references: those keep `swap_tensors` from working."""
+"""Attribute of a tensor; a table with weak references would keep `swap_tensors` from working."""
 
 
 @attrs.frozen

@@ -3,7 +3,7 @@
 from automodel_fn.errors import BackendUnavailableError
 
 try:
-    import hypothesis as _hypothesis  # noqa: F401 - to say what is missing, and how to get it
+    import hypothesis  # noqa: F401 # pyright: ignore[reportUnusedImport] - to say what is missing
 except ModuleNotFoundError as error:
     raise BackendUnavailableError(
         "automodel_fn.testing needs hypothesis, which is not installed; "

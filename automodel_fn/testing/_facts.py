@@ -44,7 +44,7 @@ def fact_of(tensor: torch.Tensor) -> Fact:
         dtype=tensor.dtype,
         shape=tuple(tensor.shape),
         stride=tuple(tensor.stride()) if plain else (),
-        offset=tensor.storage_offset() if plain else 0,
+        offset=int(tensor.storage_offset()) if plain else 0,
         storage=storage_key(tensor) if plain else 0,
         requires_grad=tensor.requires_grad,
         bits=bits_of(tensor) if plain and not tensor.is_meta else None,

@@ -23,7 +23,7 @@ from automodel_fn.testing._twin import tensors_of, twin_of
 
 
 def check_inverse(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> None:
-    """Law: `apply(plan.inverse())` brings every stored dtype back, and the inverse twice is the plan.
+    """Law: `apply(plan.inverse())` brings every stored dtype back; twice it is the plan.
 
     The bits are those of the two roundings, `tensor.to(there).to(back)`.
 
@@ -96,7 +96,7 @@ def _demand_that_edits_are_kept(
             continue
         with torch.no_grad():
             first = tensor[(0,) * tensor.dim()]
-            first.copy_(5.0 if first == 3.0 else 3.0)
+            first.copy_(5.0 if first == 3.0 else 3.0)  # pyright: ignore
         edited = facts_of(twin)
         try:
             report.undo()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import attrs
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from automodel_fn.testing._parts import WRAPPERS, Made, Part
 from automodel_fn.testing._strategies_tensors import CORNERS, corner_tensor, laid_out
 
 _NAMES = ("weight", "bias", "scale", "table")
@@ -19,63 +18,6 @@ _LAYOUTS = ("contiguous", "transposed", "sliced")
 _SHAPES = ((3,), (2, 4), (), (0, 2), (17,))
 # Mostly what is cast, so that a small model shows what matters.
 _DTYPES = (*[torch.float32] * 8, torch.bfloat16, torch.float16, *CORNERS)
-
-
-class Compiled(nn.Module):
-    """Names its module as `torch.compile` does, without the cost of compiling.
-
-    Example:
-        >>> [name for name, _ in Compiled(nn.Linear(1, 1, bias=False)).named_parameters()]
-        ['_orig_mod.weight']
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = module
-
-
-_WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "none": lambda module: module,
-    "compile": Compiled,
-    "checkpoint": checkpoint_wrapper,
-    "data parallel": nn.DataParallel,
-}
-
-
-class Part(nn.Module):
-    """A module of a made-up model; its repr tells how each tensor came to be.
-
-    Example:
-        >>> Part()
-        Part()
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.story: dict[str, str] = {}
-
-    def extra_repr(self) -> str:
-        """The tensors and the fp32 pins that it declares."""
-        pins = [f"{k}={v!r}" for k, v in vars(self).items() if k.startswith("_keep_in_fp32")]
-        return ", ".join([*(f"{name}: {text}" for name, text in self.story.items()), *pins])
-
-
-@attrs.define
-class _Made:
-    """What is there to be tied, shared and viewed."""
-
-    parameters: list[nn.Parameter] = attrs.field(factory=list)
-    buffers: list[torch.Tensor] = attrs.field(factory=list)
-    modules: list[nn.Module] = attrs.field(factory=list)
-
-    def label(self, tensor: torch.Tensor) -> str:
-        """A tensor in words; a number tells which of the made ones it is."""
-        known = [*self.parameters, *self.buffers]
-        number = next((i for i, other in enumerate(known) if other is tensor), -1)
-        traits = [str(tensor.dtype).removeprefix("torch."), str(tuple(tensor.shape))]
-        traits += [f"stride {tensor.stride()}"] if not tensor.is_contiguous() else []
-        traits += [w for w in ("requires_grad", "grad") if getattr(tensor, w) not in (False, None)]
-        return f"#{number} {' '.join(traits)}"
 
 
 @st.composite
@@ -97,13 +39,13 @@ def models(draw: st.DrawFn) -> nn.Module:
         >>> sum(p.grad is not None for p in model.parameters())
         1
     """
-    made = _Made()
+    made = Made()
     root = _module(draw, made, depth=2)
-    wrapper = _WRAPPERS[draw(st.sampled_from(tuple(_WRAPPERS)))]
+    wrapper = WRAPPERS[draw(st.sampled_from(tuple(WRAPPERS)))]
     return wrapper(root)
 
 
-def _module(draw: st.DrawFn, made: _Made, depth: int) -> nn.Module:
+def _module(draw: st.DrawFn, made: Made, depth: int) -> nn.Module:
     module = Part()
     for name in _NAMES[: draw(st.integers(0, len(_NAMES)))]:
         kind = draw(st.sampled_from(tuple(_SLOTS)))
@@ -117,7 +59,7 @@ def _module(draw: st.DrawFn, made: _Made, depth: int) -> nn.Module:
     return module
 
 
-def _child(draw: st.DrawFn, made: _Made, depth: int) -> nn.Module | None:
+def _child(draw: st.DrawFn, made: Made, depth: int) -> nn.Module | None:
     kind = draw(st.sampled_from(("new", "new", "wrapped", "again", "none")))
     if kind == "none":
         return None
@@ -125,7 +67,7 @@ def _child(draw: st.DrawFn, made: _Made, depth: int) -> nn.Module | None:
         return draw(st.sampled_from(made.modules))
     module = _module(draw, made, depth)
     if kind == "wrapped":
-        return _WRAPPERS[draw(st.sampled_from(tuple(_WRAPPERS)))](module)
+        return WRAPPERS[draw(st.sampled_from(tuple(WRAPPERS)))](module)
     return module
 
 
@@ -133,7 +75,7 @@ def _declare(draw: st.DrawFn, module: nn.Module) -> None:
     keywords = draw(st.lists(st.sampled_from(_KEYWORDS), max_size=2, unique=True))
     if not keywords:
         return
-    container: Callable[[Sequence[str]], object] = draw(st.sampled_from((list, tuple, set)))
+    container: Callable[[Sequence[str]], object] = draw(st.sampled_from((list, tuple, set)))  # pyright: ignore
     is_strict = draw(st.booleans())
     attribute = "_keep_in_fp32_modules_strict" if is_strict else "_keep_in_fp32_modules"
     vars(module)[attribute] = container(keywords)
@@ -146,11 +88,11 @@ def _data(draw: st.DrawFn) -> torch.Tensor:
     return laid_out(corner_tensor(dtype, shape, start), draw(st.sampled_from(_LAYOUTS)))
 
 
-def _new_parameter(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor:
+def _new_parameter(draw: st.DrawFn, module: nn.Module, name: str, made: Made) -> torch.Tensor:
     return _register(draw, module, name, _data(draw), made, is_parameter=True)
 
 
-def _new_buffer(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor:
+def _new_buffer(draw: st.DrawFn, module: nn.Module, name: str, made: Made) -> torch.Tensor:
     return _register(draw, module, name, _data(draw), made, is_parameter=False)
 
 
@@ -159,7 +101,7 @@ def _register(
     module: nn.Module,
     name: str,
     data: torch.Tensor,
-    made: _Made,
+    made: Made,
     *,
     is_parameter: bool,
 ) -> torch.Tensor:
@@ -176,21 +118,21 @@ def _register(
     return parameter
 
 
-def _tie(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor | None:
+def _tie(draw: st.DrawFn, module: nn.Module, name: str, made: Made) -> torch.Tensor | None:
     tied = draw(st.sampled_from(made.parameters)) if made.parameters else None
     module.register_parameter(name, tied)
     return tied
 
 
 def _shared_buffer(
-    draw: st.DrawFn, module: nn.Module, name: str, made: _Made
+    draw: st.DrawFn, module: nn.Module, name: str, made: Made
 ) -> torch.Tensor | None:
     shared = draw(st.sampled_from(made.buffers)) if made.buffers else None
     module.register_buffer(name, shared, persistent=draw(st.booleans()))
     return shared
 
 
-def _view(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.Tensor:
+def _view(draw: st.DrawFn, module: nn.Module, name: str, made: Made) -> torch.Tensor:
     """Another view of a storage that is there already, or of a new one."""
     known = [t.detach() for t in (*made.parameters, *made.buffers) if t.numel()]
     base = draw(st.sampled_from(known)) if known else _data(draw)
@@ -200,14 +142,14 @@ def _view(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> torch.T
     return _register(draw, module, name, view, made, is_parameter=draw(st.booleans()))
 
 
-def _none(draw: st.DrawFn, module: nn.Module, name: str, made: _Made) -> None:
+def _none(draw: st.DrawFn, module: nn.Module, name: str, made: Made) -> None:
     if draw(st.booleans()):
         module.register_parameter(name, None)
     else:
         module.register_buffer(name, None)
 
 
-_SLOTS: dict[str, Callable[[st.DrawFn, nn.Module, str, _Made], torch.Tensor | None]] = {
+_SLOTS: dict[str, Callable[[st.DrawFn, nn.Module, str, Made], torch.Tensor | None]] = {
     "parameter": _new_parameter,
     "buffer": _new_buffer,
     "tie": _tie,

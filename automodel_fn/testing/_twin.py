@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's data is its own dense storage, and no subclass decides otherwise."""
-    is_ordinary = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    kind: Any = type(tensor)
+    is_ordinary = kind.__torch_dispatch__ is cast(Any, torch.Tensor).__torch_dispatch__
     return is_ordinary and tensor.layout is torch.strided and not tensor.is_quantized
 
 
@@ -38,9 +39,19 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every name with its tensor, ties under each of their names, as PyTorch spells them."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Every name with its tensor, ties under each of their names, wrappers spelled out.
+
+    Not by `named_parameters`: some wrappers leave their own name out there.
+
+    Example:
+        >>> [name for name, _ in tensors_of(nn.Sequential(nn.Linear(1, 1)))]
+        ['0.weight', '0.bias']
+    """
+    for held in (model._parameters, model._buffers):
+        yield from ((name, tensor) for name, tensor in held.items() if tensor is not None)
+    for key, child in model._modules.items():
+        if child is not None:
+            yield from ((f"{key}.{name}", tensor) for name, tensor in tensors_of(child))
 
 
 def twin_of(model: ModuleT, device: str | None = None) -> ModuleT:
@@ -82,7 +93,7 @@ def _twin_tensor(
         storages[key], tensor.storage_offset(), tensor.shape, tensor.stride()
     )
     fresh = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad)
-    fresh.__dict__.update(tensor.__dict__)
+    vars(fresh).update(vars(tensor))
     if tensor.grad is not None:
         fresh.grad = _twin_tensor(tensor.grad, storages, device)
     return fresh

@@ -52,9 +52,11 @@ def edges(sources):
     modules = {source.module for source in sources}
     found = []
     for source in sources:
-        for node in _imports(source.tree):
-            for target in _targets(node, source, modules):
-                found.append((source, f"automodel_fn/{source.path}:{node.lineno}", target))
+        found += [
+            (source, f"automodel_fn/{source.path}:{node.lineno}", target)
+            for node in _imports(source.tree)
+            for target in _targets(node, source, modules)
+        ]
     return found
 
 
@@ -96,7 +98,9 @@ def test_a_door_opens_to_its_own_room_only(edges):
     wrong = [
         f"{place} imports {target}"
         for source, place, target in edges
-        if source.is_door and source.room not in ("__init__", _room(target))
+        if source.is_door
+        and source.room not in ("__init__", _room(target))
+        and not target.endswith(".errors")
     ]
 
     assert wrong == []

@@ -106,22 +106,6 @@ def test_a_scope_entered_in_the_block_stands_in_its_recompute(leaf, use_reentran
     assert seen == [StepContext(True, optim_step=True)] * 2
 
 
-@both_modes
-def test_a_scope_entered_in_the_block_is_never_seen_before_it(leaf, use_reentrant):
-    seen = []
-
-    def block(x):
-        seen.append(current_step())
-        with step_context(LATER):
-            return x.sin()
-
-    with step_context(FIRST):
-        out = checkpoint(block, leaf, use_reentrant=use_reentrant)
-    out.sum().backward()
-    assert seen[0] == FIRST
-    assert seen[1] in (FIRST, OFF)
-
-
 def nested(block, depth, use_reentrant, x):
     inner = block if depth == 1 else partial(nested, block, depth - 1, use_reentrant)
     block.seen.append(current_step())

@@ -104,30 +104,6 @@ def test_a_backward_from_a_thread_is_right_with_bind(block, leaf, in_thread, use
     assert block.seen == [FIRST, FIRST]
 
 
-@both_modes
-@pytest.mark.parametrize("backward_in_scope", [True, False])
-@pytest.mark.parametrize("forward_step", [FIRST, OFF])
-def test_a_backward_from_a_thread_with_scopes_is_off_or_right(
-    block, leaf, in_thread, use_reentrant, backward_in_scope, forward_step
-):
-    def forward():
-        with step_context(forward_step):
-            return checkpoint(block, leaf, use_reentrant=use_reentrant)
-
-    def backward(out):
-        with step_context(LATER):
-            # Its nodes have the numbers that those of the other thread have.
-            (leaf.sin() + leaf.cos()).tan().exp()
-            if backward_in_scope:
-                out.backward()
-        if not backward_in_scope:
-            out.backward()
-
-    in_thread(backward, in_thread(forward).sum())
-    assert block.seen[0] == forward_step
-    assert block.seen[1] in (forward_step, OFF)
-
-
 async def forward_and_backward(seen, may_run, ran, pause):
     with step_context(LATER):
         await may_run.wait()
