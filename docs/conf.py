@@ -69,8 +69,8 @@ def _heading(parameter):
 def _text(parameter):
     text = getattr(parameter, "help", None) or ""
     default = parameter.default
-    is_shown = getattr(parameter, "show_default", True) and default not in (None, False, ())
-    return f"{text} Default: ``{default}``." if is_shown and not callable(default) else text
+    is_shown = getattr(parameter, "show_default", True) and isinstance(default, str | int | float)
+    return f"{text} Default: ``{default}``." if is_shown and default is not False else text
 
 
 def setup(app):

@@ -2,8 +2,9 @@
 
 Autograd numbers the nodes that a thread makes, in order, and carries a thread's Python objects
 along to the threads that run its backward. So each thread that enters scopes keeps a timeline,
-"from node number n on the step is s", and hands it to autograd once. When a checkpoint recomputes
-its forward, the node under evaluation was made in that forward, and the timeline says in which step.
+"from node number n on the step is s", and hands it to autograd once. When a checkpoint
+recomputes its forward, the node under evaluation was made in that forward, and the timeline says
+in which step.
 
 All of this is private API of PyTorch (seen in 2.11 and 2.13); it is used in this file alone, and
 `check_torch` fails with a clear line where a piece of it is missing.

@@ -73,7 +73,8 @@ def _insides(model: nn.Module) -> Iterator[tuple[str, object]]:
 def _scrambled(model: nn.Module) -> nn.Module:
     for _, tensor in tensors_of(model):
         if is_plain(tensor) and not tensor.is_meta:
-            tensor.untyped_storage().fill_(1)  # pyright: ignore
+            storage: Any = tensor.untyped_storage()
+            storage.fill_(1)  # pyright: ignore
     return model
 
 

@@ -14,6 +14,7 @@ from automodel_fn.testing._strategies_tensors import CORNERS, corner_tensor, lai
 _NAMES = ("weight", "bias", "scale", "table")
 _CHILDREN = ("linear", "norm", "wo", "word_embeddings", "module")
 _KEYWORDS = ("norm", "wo", "bias", "scale", "gate")
+_CONTAINERS: tuple[Callable[[Sequence[str]], object], ...] = (list, tuple, set)
 _LAYOUTS = ("contiguous", "transposed", "sliced")
 _SHAPES = ((3,), (2, 4), (), (0, 2), (17,))
 # Mostly what is cast, so that a small model shows what matters.
@@ -75,7 +76,7 @@ def _declare(draw: st.DrawFn, module: nn.Module) -> None:
     keywords = draw(st.lists(st.sampled_from(_KEYWORDS), max_size=2, unique=True))
     if not keywords:
         return
-    container: Callable[[Sequence[str]], object] = draw(st.sampled_from((list, tuple, set)))  # pyright: ignore
+    container = draw(st.sampled_from(_CONTAINERS))  # pyright: ignore
     is_strict = draw(st.booleans())
     attribute = "_keep_in_fp32_modules_strict" if is_strict else "_keep_in_fp32_modules"
     vars(module)[attribute] = container(keywords)

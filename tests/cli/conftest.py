@@ -2,12 +2,21 @@ import io
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from automodel_fn.cli import main
 from automodel_fn.cli._display import Display
 from automodel_fn.cli._settings import TrainSettings
 from automodel_fn.cli._train import train
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other on tensors as small as here
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,224 @@
-from hypothesis import HealthCheck, find, settings
+import itertools
+import random
 
-from automodel_fn import cast_plan
-from automodel_fn.testing import models
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
-FEW = settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
+from automodel_fn import bf16, cast_plan
+from automodel_fn.testing import dtypes, models, pin_patterns, step_contexts, tensors
+
+FIND = settings(
+    max_examples=3000,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+SOME = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+BITS = {2: torch.int16, 4: torch.int32}
 
 
-def test_the_models_have_ties_among_them():
-    model = find(models(), has_tie, settings=FEW)
-
-    assert has_tie(model)
+def parameters(model):
+    return list(model.named_parameters(remove_duplicate=False))
 
 
-def has_tie(model):
-    return any(len(entry.names) > 1 for entry in cast_plan(model, "bf16").entries)
+def buffers(model):
+    return [b for m in model.modules() for b in m._buffers.values() if b is not None]
+
+
+def all_tensors(model):
+    found = [*(p for _, p in parameters(model)), *buffers(model)]
+    return list({id(t): t for t in found}.values())
+
+
+def owners(model):
+    return [
+        [name for name, p in module._parameters.items() if p is tensor]
+        for tensor in model.parameters()
+        for module in model.modules()
+    ]
+
+
+def tie_across_modules(model):
+    holders = [m for m in model.modules() for p in m._parameters.values() if p is not None]
+    return len(set(holders)) > 1 and len({id(p) for _, p in parameters(model)}) < len(set(holders))
+
+
+def tie_inside_a_module(model):
+    return any(len(names) > 1 for names in owners(model))
+
+
+def shared_buffer(model):
+    return len({id(b) for b in buffers(model)}) < len(buffers(model))
+
+
+def sharing(model):
+    pairs = itertools.combinations([t for t in all_tensors(model) if t.numel()], 2)
+    return [
+        (a, b) for a, b in pairs if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    ]
+
+
+def views_of_one_storage(model):
+    return any(a.dtype == b.dtype for a, b in sharing(model))
+
+
+def storage_of_two_dtypes(model):
+    return any(a.dtype != b.dtype for a, b in sharing(model))
+
+
+def module_under_two_names(model):
+    named = list(model.named_modules(remove_duplicate=False))
+    return len({id(m) for _, m in named}) < len(named)
+
+
+def fleeting_buffer(model):
+    return any(
+        m._buffers.get(name) is not None
+        for m in model.modules()
+        for name in m._non_persistent_buffers_set
+    )
+
+
+def none_entries(model):
+    modules = list(model.modules())
+    held = [(m._parameters, m._buffers, m._modules) for m in modules]
+    return all(any(None in entry[i].values() for entry in held) for i in range(3))
+
+
+def below_the_root(model, kind):
+    return any(type(m).__name__ == kind for m in list(model.modules())[1:])
+
+
+def trainable_and_frozen(model):
+    return len({p.requires_grad for p in model.parameters()}) == 2
+
+
+def gradient(model):
+    return any(p.grad is not None for p in model.parameters())
+
+
+def transposed(model):
+    return any(t.dim() == 2 and t.stride(0) == 1 and t.size(0) > 1 for t in all_tensors(model))
+
+
+def sliced(model):
+    return any(t.dim() and t.numel() > 1 and t.stride(-1) == 2 for t in all_tensors(model))
+
+
+def declares(kind, below):
+    def has(model):
+        modules = list(model.modules())[1 if below else 0 :]
+        values = [v for m in modules for k, v in vars(m).items() if k.startswith("_keep_in_fp32")]
+        return any(type(value) is kind for value in values)
+
+    return has
+
+
+def pin_by_an_alias(model):
+    entries = cast_plan(model, bf16).entries
+    return any("by its alias" in entry.reason for entry in entries)
+
+
+def half_pinned_storage(model):
+    entries = cast_plan(model, bf16).entries
+    return any("shares its storage" in e.reason and e.action == "keep" for e in entries)
+
+
+FEATURES = (
+    {
+        function.__name__: function
+        for function in (
+            tie_across_modules,
+            tie_inside_a_module,
+            shared_buffer,
+            views_of_one_storage,
+            storage_of_two_dtypes,
+            module_under_two_names,
+            fleeting_buffer,
+            none_entries,
+            trainable_and_frozen,
+            gradient,
+            transposed,
+            sliced,
+            pin_by_an_alias,
+            half_pinned_storage,
+        )
+    }
+    | {
+        f"{k} below the root": (lambda m, k=k: below_the_root(m, k))
+        for k in ("Compiled", "CheckpointWrapper", "DataParallel")
+    }
+    | {
+        f"{k.__name__} of pins, below={b}": declares(k, b)
+        for k in (list, tuple, set)
+        for b in (False, True)
+    }
+)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_models_have(feature):
+    assert isinstance(
+        find(models(), FEATURES[feature], settings=FIND, random=random.Random(0)), nn.Module
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.complex64, torch.float8_e4m3fn, torch.int64, torch.bool]
+)
+def test_models_have_tensors_that_are_not_cast(dtype):
+    def has(model):
+        return any(t.dtype == dtype for t in all_tensors(model))
+
+    find(models(), has, settings=FIND, random=random.Random(0))
+
+
+@pytest.mark.parametrize("bits", [-0x80000000, 1, 0x7F800000, 0x7F800123, 0x3F808000, 0x3F818000])
+def test_tensors_have_the_corners_of_float32(bits):
+    def has(tensor):
+        return bits in tensor.contiguous().view(torch.int32).flatten().tolist()
+
+    find(tensors(torch.float32), has, settings=FIND, random=random.Random(0))
+
+
+@SOME
+@given(dtypes().flatmap(lambda dtype: st.tuples(st.just(dtype), tensors(dtype))))
+def test_tensors_have_the_dtype_that_was_asked_for(pair):
+    dtype, tensor = pair
+    assert tensor.dtype == dtype
+
+
+@SOME
+@given(models(), st.data())
+def test_patterns_match_something(model, data):
+    cast_plan(model, bf16, keep_fp32=data.draw(pin_patterns(model)))
+
+
+def test_a_model_without_tensors_has_no_patterns():
+    assert find(pin_patterns(nn.Identity()), lambda value: True) == ()
+
+
+def test_all_six_steps_are_made():
+    seen = set()
+
+    @SOME
+    @given(step_contexts())
+    def collect(step):
+        seen.add(step)
+
+    collect()
+    assert len(seen) == 6
+
+
+def test_only_castable_dtypes_are_made_where_asked_for():
+    with pytest.raises(Exception, match="does not satisfy|No examples"):
+        find(dtypes(castable=True), lambda dtype: dtype.itemsize > 4, settings=FIND)
+
+
+def test_a_made_model_tells_in_its_repr_what_it_is():
+    model = find(models(), gradient, settings=FIND, random=random.Random(0))
+    assert "requires_grad grad" in repr(model)
