@@ -215,7 +215,7 @@ def test_all_six_steps_are_made():
 
 
 def test_only_castable_dtypes_are_made_where_asked_for():
-    with pytest.raises(Exception, match="does not satisfy|No examples"):
+    with pytest.raises(Exception, match=r"does not satisfy|No examples"):
         find(dtypes(castable=True), lambda dtype: dtype.itemsize > 4, settings=FIND)
 
 
