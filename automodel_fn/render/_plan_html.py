@@ -40,9 +40,10 @@ def plan_sections(plan: Plan) -> tuple[str, ...]:
 
 
 def _legend() -> str:
-    return "<p>" + " &nbsp; ".join(
+    items = " &nbsp; ".join(
         f'<span class="dot {action}"></span>{meaning}' for action, meaning in _LEGEND
     )
+    return f"<p>{items}</p>"
 
 
 def _bar(rows: Sequence[Row]) -> str:
@@ -77,7 +78,8 @@ def _map(rows: Sequence[Row]) -> str:
         cells[kind][int(found[2]) if found else -1].append(row)
     numbers = sorted({layer for kind in cells.values() for layer in kind})
     layers = numbers[:_MAX_COLUMNS]
-    cut = f"<p>Layers {layers[-1] + 1} to {numbers[-1]}: in the table only.</p>"
+    rest = numbers[_MAX_COLUMNS:]
+    cut = f"<p>Layers {rest[0]} to {rest[-1]}: in the table only.</p>" if rest else ""
     head = "".join(f"<th>{layer if layer >= 0 else ''}</th>" for layer in layers)
     body = "".join(
         f"<tr><th><code>{escape(kind)}</code></th>"
@@ -87,7 +89,7 @@ def _map(rows: Sequence[Row]) -> str:
     )
     return (
         f'<div class="scroll"><table class="map"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{cut if len(numbers) > len(layers) else ''}"
+        f"<tbody>{body}</tbody></table></div>{cut}"
     )
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample
 from torch import nn
 
 from automodel_fn import bf16, cast_plan
@@ -18,7 +19,6 @@ FIND = settings(
     suppress_health_check=list(HealthCheck),
 )
 SOME = settings(max_examples=50, deadline=None, derandomize=True, database=None)
-BITS = {2: torch.int16, 4: torch.int32}
 
 
 def parameters(model):
@@ -30,8 +30,8 @@ def buffers(model):
 
 
 def all_tensors(model):
-    found = [*(p for _, p in parameters(model)), *buffers(model)]
-    return list({id(t): t for t in found}.values())
+    held = [*(p for _, p in parameters(model)), *buffers(model)]
+    return list({id(t): t for t in held}.values())
 
 
 def owners(model):
@@ -129,42 +129,41 @@ def half_pinned_storage(model):
 
 
 FEATURES = (
-    {
-        function.__name__: function
-        for function in (
-            tie_across_modules,
-            tie_inside_a_module,
-            shared_buffer,
-            views_of_one_storage,
-            storage_of_two_dtypes,
-            module_under_two_names,
-            fleeting_buffer,
-            none_entries,
-            trainable_and_frozen,
-            gradient,
-            transposed,
-            sliced,
-            pin_by_an_alias,
-            half_pinned_storage,
-        )
-    }
-    | {
-        f"{k} below the root": (lambda m, k=k: below_the_root(m, k))
-        for k in ("Compiled", "CheckpointWrapper", "DataParallel")
-    }
-    | {
-        f"{k.__name__} of pins, below={b}": declares(k, b)
-        for k in (list, tuple, set)
-        for b in (False, True)
-    }
+    tie_across_modules,
+    tie_inside_a_module,
+    shared_buffer,
+    views_of_one_storage,
+    storage_of_two_dtypes,
+    module_under_two_names,
+    fleeting_buffer,
+    none_entries,
+    trainable_and_frozen,
+    gradient,
+    transposed,
+    sliced,
+    pin_by_an_alias,
+    half_pinned_storage,
 )
+
+
+def found(strategy, condition):
+    return find(strategy, condition, settings=FIND, random=random.Random(0))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_models_have(feature):
-    assert isinstance(
-        find(models(), FEATURES[feature], settings=FIND, random=random.Random(0)), nn.Module
-    )
+    assert isinstance(found(models(), feature), nn.Module)
+
+
+@pytest.mark.parametrize("wrapper", ["Compiled", "CheckpointWrapper", "DataParallel"])
+def test_models_have_wrappers_below_the_root(wrapper):
+    found(models(), lambda model: below_the_root(model, wrapper))
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("kind", [list, tuple, set])
+def test_models_declare_pins(kind, below):
+    found(models(), declares(kind, below))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_models_have_tensors_that_are_not_cast(dtype):
     def has(model):
         return any(t.dtype == dtype for t in all_tensors(model))
 
-    find(models(), has, settings=FIND, random=random.Random(0))
+    found(models(), has)
 
 
 @pytest.mark.parametrize("bits", [-0x80000000, 1, 0x7F800000, 0x7F800123, 0x3F808000, 0x3F818000])
@@ -182,7 +181,7 @@ def test_tensors_have_the_corners_of_float32(bits):
     def has(tensor):
         return bits in tensor.contiguous().view(torch.int32).flatten().tolist()
 
-    find(tensors(torch.float32), has, settings=FIND, random=random.Random(0))
+    found(tensors(torch.float32), has)
 
 
 @SOME
@@ -215,10 +214,10 @@ def test_all_six_steps_are_made():
 
 
 def test_only_castable_dtypes_are_made_where_asked_for():
-    with pytest.raises(Exception, match=r"does not satisfy|No examples"):
-        find(dtypes(castable=True), lambda dtype: dtype.itemsize > 4, settings=FIND)
+    with pytest.raises(NoSuchExample):
+        found(dtypes(castable=True), lambda dtype: dtype.itemsize > 4)
 
 
 def test_a_made_model_tells_in_its_repr_what_it_is():
-    model = find(models(), gradient, settings=FIND, random=random.Random(0))
+    model = found(models(), gradient)
     assert "requires_grad grad" in repr(model)
