@@ -4,7 +4,7 @@ from corner_models import CORNERS
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from automodel_fn.testing import check_cast_exact, dtypes, models, tensors
+from automodel_fn.testing import check_cast_exact, dtypes, models, pin_patterns, tensors
 
 CASTABLE = (torch.bfloat16, torch.float16, torch.float32)
 MATCHES = st.sampled_from(("substring", "segment"))
@@ -20,6 +20,12 @@ def test_a_cast_of_a_corner_model_is_exact(corner, dtype):
 @given(models(), dtypes(castable=True), MATCHES, BUFFERS)
 def test_a_cast_is_exact(model, dtype, match, buffers):
     check_cast_exact(model, dtype, match=match, buffers=buffers)
+
+
+@given(models(), dtypes(castable=True), st.data())
+def test_a_cast_is_exact_whatever_is_pinned_and_skipped(model, dtype, data):
+    patterns = pin_patterns(model)
+    check_cast_exact(model, dtype, keep_fp32=data.draw(patterns), skip=data.draw(patterns))
 
 
 @given(dtypes().flatmap(tensors), dtypes(castable=True))

@@ -164,10 +164,15 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     start = min(tensor.storage_offset() for tensor in tensors)
     end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
     flat = tensors[0].detach().as_strided((end - start,), (1,), start).to(dtype)
-    return tuple(
+    views = tuple(
         flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
         for tensor in tensors
     )
+    for tensor, view in zip(tensors, views, strict=True):
+        # A CPU gives NaN other bits in memory with gaps: a tensor's own cast is what it must be.
+        if not tensor.is_contiguous():
+            view.copy_(tensor.detach().to(dtype))
+    return views
 
 
 def _extent(tensor: torch.Tensor) -> int:

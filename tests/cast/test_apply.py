@@ -162,7 +162,7 @@ def test_a_report_says_what_was_done(zoo, tensors_of):
 def test_notes_are_logged_once_as_a_warning(zoo, caplog):
     plan = cast_plan(zoo, bf16)
 
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="automodel_fn"):
         apply(plan)
 
     (record,) = caplog.records
@@ -173,7 +173,7 @@ def test_notes_are_logged_once_as_a_warning(zoo, caplog):
 def test_a_plan_without_notes_logs_nothing(caplog):
     model = nn.Linear(2, 2)
 
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="automodel_fn"):
         apply(cast_plan(model, bf16))
 
     assert caplog.records == []
