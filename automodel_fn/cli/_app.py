@@ -36,7 +36,7 @@ def _root(
 def train(
     model: options.Model = None,
     data: options.Data = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
     microbatches: Annotated[int, typer.Option(help="Microbatches an optimizer step.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Sequences a microbatch.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens (bytes) a sequence.")] = 128,
