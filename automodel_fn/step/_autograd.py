@@ -157,10 +157,14 @@ def _is_begun_by_a_backward(calling_thread: int) -> bool:
     more than 60 deep, in a thread of the engine's pool; the callers wait in their stacks.
     """
     frames = sys._current_frames()
-    threads = {calling_thread, threading.get_ident()}
-    if calling_thread not in frames:
-        return True
-    return sum(_num_backwards(frames[thread]) for thread in threads) > 1
+    try:
+        if calling_thread not in frames:
+            return True
+        threads = {calling_thread, threading.get_ident()}
+        return sum(_num_backwards(frames[thread]) for thread in threads) > 1
+    finally:
+        # It holds this very frame: a cycle that would keep every tensor in sight alive.
+        frames.clear()
 
 
 def _num_backwards(frame: FrameType | None) -> int:

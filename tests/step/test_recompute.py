@@ -1,3 +1,5 @@
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -222,3 +224,26 @@ def test_many_scopes_without_a_forward_forget_none_with_one(block, leaf, use_ree
             pass
     out.sum().backward()
     assert block.seen == [FIRST, FIRST]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_reading_the_step_in_a_recompute_keeps_no_tensor_alive(use_reentrant):
+    alive = []
+
+    def block(x):
+        y = x.sin()
+        current_step()
+        alive.append(weakref.ref(y))
+        return y.exp()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with step_context(first_microbatch=True):
+            x = torch.ones(2, requires_grad=True)
+            checkpoint(block, x, use_reentrant=use_reentrant).sum().backward()
+        del x
+        assert len(alive) == 2
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
