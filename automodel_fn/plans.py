@@ -25,6 +25,11 @@ class Row:
         num_aliases: Under how many further names it is known.
         bytes_before: Its size now.
         bytes_after: Its size afterwards.
+
+    Example:
+        >>> row = Row("norm.weight", before="float32", after="float32", action="keep", reason="pin")
+        >>> row.name, row.action
+        ('norm.weight', 'keep')
     """
 
     name: str
@@ -40,7 +45,13 @@ class Row:
 
 @runtime_checkable
 class Plan(Protocol):
-    """Any plan: rows to read, notes on what deserves attention."""
+    """Any plan: rows to read, notes on what deserves attention.
+
+    Example:
+        >>> from automodel_fn import bf16, cast_plan
+        >>> isinstance(cast_plan(nn.Linear(2, 2), bf16), Plan)
+        True
+    """
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def _model_to(model: nn.Module) -> Callable[[], object]:
 
 
 def _nemo_cast() -> Callable[..., object]:
-    from nemo_automodel.components.models.common.utils import (  # pyright: ignore
+    from nemo_automodel.components.models.common.utils import (  # pyright: ignore[reportMissingImports] - a peer
         cast_model_to_dtype,
     )
 

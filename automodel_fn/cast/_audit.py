@@ -6,7 +6,8 @@ from torch import nn
 
 from automodel_fn.cast._bits import checksum
 from automodel_fn.cast._compare import Finding, findings
-from automodel_fn.cast._plan import CastPlan, CastReport
+from automodel_fn.cast._plan import CastPlan
+from automodel_fn.cast._report import CastReport
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.errors import ConfigError
 

@@ -59,6 +59,14 @@ class BoundaryHandle:
 
     Attributes:
         names: FQNs of the modules that have one.
+
+    Example:
+        >>> from automodel_fn import bf16, cast_plan
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> handle = fp32_boundaries(model, cast_plan(model, bf16, keep_fp32="0"))
+        >>> handle.names
+        ('0',)
+        >>> handle.remove()
     """
 
     def __init__(self, names: tuple[str, ...], boundaries: tuple[Fp32Boundary, ...]) -> None:

@@ -128,7 +128,8 @@ def _keywords(
 ) -> Iterator[tuple[str, Iterable[str]]]:
     kind = type(module).__name__
     if match == "hf" and hasattr(type(module), "_get_dtype_plan"):
-        plan: dict[str, torch.dtype] = module._get_dtype_plan(dtype)  # pyright: ignore
+        hf_model: Any = module
+        plan: dict[str, torch.dtype] = hf_model._get_dtype_plan(dtype)
         yield f"{kind}._get_dtype_plan", sorted(k for k, v in plan.items() if v == torch.float32)
         return
     for attribute in (STRICT, PLAIN):

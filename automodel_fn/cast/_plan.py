@@ -1,9 +1,8 @@
-"""A cast as data: the plan, its entries, the report of what was done."""
+"""A cast as data: the plan and its entries."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._json import plan_from_json, plan_to_json
-from automodel_fn.dtypes import dtype_name
+from automodel_fn.dtypes import CASTABLE, dtype_name
 from automodel_fn.errors import ConfigError
 from automodel_fn.plans import Row
 
@@ -51,6 +50,17 @@ class TensorCast:
     action: str = attrs.field(kw_only=True, validator=attrs.validators.in_(_ACTIONS))
     reason: str = attrs.field(kw_only=True)
     requires_grad: bool = attrs.field(kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse an entry that could only lose data, as a hand-made plan may have."""
+        if self.changes and (
+            self.action == SKIP or not {self.from_dtype, self.to_dtype} <= CASTABLE
+        ):
+            raise ConfigError(
+                f"{self.names[0]}: {self.action} {dtype_name(self.from_dtype)} to "
+                f"{dtype_name(self.to_dtype)} is no cast; only bf16, fp16 and fp32 are cast to one "
+                "another, and what is skipped keeps its dtype."
+            )
 
     @property
     def name(self) -> str:
@@ -216,52 +226,3 @@ class CastPlan:
             ConfigError: The text is no plan; the message names the place.
         """
         return plan_from_json(text, cls, TensorCast)
-
-
-@attrs.frozen
-class CastReport:
-    """What an apply did.
-
-    Args:
-        entries: The plan's entries, carried out.
-        bytes_before: Size of all parameters and buffers before, each tensor once.
-        bytes_after: The same afterwards.
-        notes: The plan's notes, and what was found while casting.
-        checksums: (name, checksum of the bits) of every tensor, if asked for.
-
-    Example:
-        >>> from automodel_fn import apply, bf16, cast_plan
-        >>> model = torch.nn.Linear(2, 2)
-        >>> report = apply(cast_plan(model, bf16), keep_originals=True)
-        >>> report.undo()
-        >>> model.weight.dtype
-        torch.float32
-    """
-
-    entries: tuple[TensorCast, ...]
-    bytes_before: int = attrs.field(kw_only=True)
-    bytes_after: int = attrs.field(kw_only=True)
-    notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
-    checksums: tuple[tuple[str, int], ...] = attrs.field(default=(), kw_only=True)
-    undo_cast: Callable[[], None] | None = attrs.field(
-        default=None, kw_only=True, eq=False, repr=False
-    )
-
-    def undo(self) -> None:
-        """Bring back every bit from before, all or nothing; works once.
-
-        Raises:
-            ConfigError: The originals were not kept.
-            StalePlanError: The weights have changed since; nothing was changed.
-        """
-        if self.undo_cast is None:
-            raise ConfigError(
-                "keep_originals=False: this cast kept nothing to undo; "
-                "cast with apply(plan, keep_originals=True), or bring the dtypes back with "
-                "apply(plan.inverse())."
-            )
-        self.undo_cast()
-
-    def rows(self) -> tuple[Row, ...]:
-        """One row a tensor, as the plan's."""
-        return tuple(entry.row() for entry in self.entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any, cast
 
 import attrs
 import torch
@@ -55,7 +56,8 @@ def uncastable(item: NamedTensor) -> Decision | None:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds its own dense storage, and no subclass decides what its data is."""
-    ordinary = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore
+    kind, plain = cast("tuple[Any, Any]", (type(tensor), torch.Tensor))
+    ordinary = kind.__torch_dispatch__ is plain.__torch_dispatch__
     return ordinary and tensor.layout is torch.strided and not tensor.is_quantized
 
 

@@ -25,6 +25,10 @@ class SavedTensor:
     Args:
         names: The tensor's names.
         data: The copy, of the same dtype, device and strides.
+
+    Example:
+        >>> snapshot(nn.Linear(2, 2)).tensors[0].data.shape
+        torch.Size([2, 2])
     """
 
     names: tuple[str, ...]
@@ -38,6 +42,11 @@ class Snapshot:
     Args:
         tensors: The copies.
         model_ref: The model, referred to weakly.
+
+    Example:
+        >>> saved = snapshot(nn.Linear(2, 2))
+        >>> saved.names, saved.num_bytes
+        (('weight', 'bias'), 24)
     """
 
     tensors: tuple[SavedTensor, ...]
@@ -47,6 +56,17 @@ class Snapshot:
     def names(self) -> tuple[str, ...]:
         """The canonical FQNs of what was copied."""
         return tuple(saved.names[0] for saved in self.tensors)
+
+    def model(self) -> nn.Module:
+        """The model that was copied.
+
+        Raises:
+            ConfigError: It is gone.
+        """
+        alive = self.model_ref.alive()
+        if not alive:
+            raise ConfigError("model=None: the snapshot's model is gone; say which one.")
+        return alive[0]
 
     @property
     def num_bytes(self) -> int:
@@ -108,13 +128,17 @@ def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
         StalePlanError: The model's tensors have other names, ties or shapes than those copied, or
             are on another device; nothing was changed.
         ConfigError: There is no model.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> before = snapshot(model)
+        >>> other = nn.Linear(2, 2)
+        >>> restore(before, other)
+        >>> torch.equal(model.weight, other.weight)
+        True
     """
-    if model is None:
-        alive = saved.model_ref.alive()
-        if not alive:
-            raise ConfigError("model=None: the snapshot's model is gone; say which one.")
-        model = alive[0]
-    items = scan(model).tensors  # pyright: ignore
+    target = saved.model() if model is None else model
+    items = scan(target).tensors
     held = {item.names: item for item in items}
     found = [finding for one in saved.tensors for finding in _misfits(one, held)]
     if found:

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from automodel_fn.cast._apply import Conversion, conversions_of, dry_run
 from automodel_fn.cast._bits import merged, same_bits
+from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
 from automodel_fn.cast._exchange import Exchange, Originals, converted, exchange
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups

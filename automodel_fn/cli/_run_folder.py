@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -89,7 +90,8 @@ def save_model(out: Path, model: nn.Module) -> str:
 
     A dtype that the config would round is kept: each tensor is written as it is stored.
     """
-    model.save_pretrained(out / MODEL)  # pyright: ignore
+    hf_model: Any = model
+    hf_model.save_pretrained(out / MODEL)
     return MODEL
 
 

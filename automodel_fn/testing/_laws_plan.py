@@ -74,7 +74,7 @@ def _scrambled(model: nn.Module) -> nn.Module:
     for _, tensor in tensors_of(model):
         if is_plain(tensor) and not tensor.is_meta:
             storage: Any = tensor.untyped_storage()
-            storage.fill_(1)  # pyright: ignore
+            storage.fill_(1)
     return model
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from automodel_fn.errors import ScopeError
-from automodel_fn.step._ambient import bind, current_step, step_context
+from automodel_fn.step._ambient import current_step, step_context
+from automodel_fn.step._bind import bind
 from automodel_fn.step._context import StepContext
 from automodel_fn.testing._facts import demand
 from automodel_fn.testing._strategies_arguments import step_contexts

@@ -76,7 +76,7 @@ def _declare(draw: st.DrawFn, module: nn.Module) -> None:
     keywords = draw(st.lists(st.sampled_from(_KEYWORDS), max_size=2, unique=True))
     if not keywords:
         return
-    container = draw(st.sampled_from(_CONTAINERS))  # pyright: ignore
+    container = draw(st.sampled_from(_CONTAINERS))
     is_strict = draw(st.booleans())
     attribute = "_keep_in_fp32_modules_strict" if is_strict else "_keep_in_fp32_modules"
     vars(module)[attribute] = container(keywords)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import inspect
 import re
 
@@ -45,6 +46,14 @@ def test_every_public_name_has_a_docstring():
 
         assert value.__doc__, name
         assert value.__doc__ not in (object.__doc__, type.__doc__), name
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_public_name_shows_an_example(name):
+    text = inspect.getdoc(getattr(automodel_fn, name)) or ""
+
+    assert "Example:" in text
+    assert doctest.DocTestParser().get_examples(text)
 
 
 def test_the_errors_say_when_they_are_raised():

@@ -23,6 +23,16 @@ def _areas(sources):
     return {source.room for source in sources if source.is_door} - {"__init__"}
 
 
+def test_no_file_is_long(sources):
+    long = [
+        f"automodel_fn/{source.path}: {len(source.text.splitlines())} lines"
+        for source in sources
+        if len(source.text.splitlines()) > MAX_LINES_OF_A_FILE
+    ]
+
+    assert long == []
+
+
 def test_no_function_is_long(sources):
     long = [
         f"automodel_fn/{source.path}:{node.lineno} {node.name}: {_num_lines(node)} lines"

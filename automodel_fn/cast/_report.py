@@ -1,0 +1,60 @@
+"""What an apply did, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from automodel_fn.cast._plan import TensorCast
+from automodel_fn.errors import ConfigError
+from automodel_fn.plans import Row
+
+
+@attrs.frozen
+class CastReport:
+    """What an apply did.
+
+    Args:
+        entries: The plan's entries, carried out.
+        bytes_before: Size of all parameters and buffers before, each tensor once.
+        bytes_after: The same afterwards.
+        notes: The plan's notes, and what was found while casting.
+        checksums: (name, checksum of the bits) of every tensor, if asked for.
+
+    Example:
+        >>> from automodel_fn import apply, bf16, cast_plan
+        >>> model = torch.nn.Linear(2, 2)
+        >>> report = apply(cast_plan(model, bf16), keep_originals=True)
+        >>> report.undo()
+        >>> model.weight.dtype
+        torch.float32
+    """
+
+    entries: tuple[TensorCast, ...]
+    bytes_before: int = attrs.field(kw_only=True)
+    bytes_after: int = attrs.field(kw_only=True)
+    notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    checksums: tuple[tuple[str, int], ...] = attrs.field(default=(), kw_only=True)
+    undo_cast: Callable[[], None] | None = attrs.field(
+        default=None, kw_only=True, eq=False, repr=False
+    )
+
+    def undo(self) -> None:
+        """Bring back every bit from before, all or nothing; works once.
+
+        Raises:
+            ConfigError: The originals were not kept.
+            StalePlanError: The weights have changed since; nothing was changed.
+        """
+        if self.undo_cast is None:
+            raise ConfigError(
+                "keep_originals=False: this cast kept nothing to undo; "
+                "cast with apply(plan, keep_originals=True), or bring the dtypes back with "
+                "apply(plan.inverse())."
+            )
+        self.undo_cast()
+
+    def rows(self) -> tuple[Row, ...]:
+        """One row a tensor, as the plan's."""
+        return tuple(entry.row() for entry in self.entries)
