@@ -23,6 +23,7 @@ class CastReport:
         checksums: (name, checksum of the bits) of every tensor, if asked for.
 
     Example:
+        >>> import torch
         >>> from automodel_fn import apply, bf16, cast_plan
         >>> model = torch.nn.Linear(2, 2)
         >>> report = apply(cast_plan(model, bf16), keep_originals=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_fn import ConfigError, apply, audit, bf16, cast_plan, fp16, fp32
 
@@ -231,3 +232,30 @@ def test_a_plan_that_changes_nothing_can_be_applied_again():
     plan = cast_plan(model, bf16)
 
     assert apply(plan) == apply(plan)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.changes, self.reserve = [], lambda: None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if result.dtype == torch.uint8:
+            self.reserve = weakref.ref(result)
+        elif func._schema.name == "aten::_to_copy" and result.nbytes > bf16.itemsize:
+            held = self.reserve()
+            self.changes.append((result.nbytes, None if held is None else held.nbytes))
+        return result
+
+
+def test_streaming_holds_memory_for_the_largest_tensor_until_it_is_done():
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(16, 8)])
+    plan = cast_plan(model, bf16)
+
+    with _Operators() as seen:
+        apply(plan)
+
+    largest = 16 * 8 * 2
+    assert seen.changes == [(n * 2, largest) for n in (6, 2, 128, 8)]
+    assert seen.reserve() is None

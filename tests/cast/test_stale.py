@@ -177,3 +177,20 @@ def test_a_cast_that_torch_does_not_know_is_refused_before_anything_changes(stat
         apply(CastPlan.from_json(text), model)
 
     assert state_of(model).differences(before) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"to_dtype": "bfloat16", "action": "cast"', '"to_dtype": "bfloat16", "action": "skip"'),
+        ('"to_dtype": "bfloat16", "action": "cast"', '"to_dtype": "float64", "action": "cast"'),
+        ('"from_dtype": "float32", "to_dtype": "bf', '"from_dtype": "int32", "to_dtype": "bf'),
+    ],
+    ids=["skipped_but_changed", "to_float64", "from_int32"],
+)
+def test_a_plan_edited_into_no_cast_is_refused(old, new):
+    text = cast_plan(nn.Linear(2, 2), bf16).to_json()
+    assert old in text
+
+    with pytest.raises(ConfigError, match=r"weight: .* is no cast"):
+        CastPlan.from_json(text.replace(old, new))

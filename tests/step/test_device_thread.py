@@ -1,5 +1,6 @@
 # Run as a script, this file makes a device, and autograd gives it a thread as it does to a GPU.
 # What is seen is a list of pairs: on the main thread?, which first_microbatch.
+import asyncio
 import json
 import os
 import subprocess
@@ -62,6 +63,12 @@ def test_a_device_part_inside_a_reentrant_checkpoint_of_the_host_is_off_or_right
     forward, outer_recompute, inner_recompute = seen["device in host"]
     assert [forward, outer_recompute] == [[True, True], [True, True]]
     assert inner_recompute in ([False, True], [False, None])
+
+
+def test_tasks_that_take_turns_are_never_given_each_others_step(seen):
+    of_first, of_later = seen["tasks"]
+    assert of_first in ([False, True], [False, None])
+    assert of_later in ([False, False], [False, None])
 
 
 def test_a_scope_entered_on_a_device_thread_changes_no_other_thread(seen):
@@ -162,6 +169,26 @@ def device_in_host():
     return looker.seen
 
 
+async def silent_turn(looker, first, turns):
+    with step_context(first_microbatch=first):
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        # It reads no step in the forward, so that nothing tells that another task had its turn.
+        out = on_device().requires_grad_() * on_device()
+        out.register_hook(looker.look)
+        out.backward(on_device())
+
+
+async def tasks_that_take_turns(looker):
+    await asyncio.gather(silent_turn(looker, True, 1), silent_turn(looker, False, 2))
+
+
+def hooked_in_tasks():
+    looker = Looker()
+    asyncio.run(tasks_that_take_turns(looker))
+    return looker.seen
+
+
 def look_at_all():
     library = make_device()
     assert library is not None
@@ -175,6 +202,7 @@ def look_at_all():
     seen["nested"] = run(True, lambda block: partial(nested, block), **one)
     seen["nested bound"] = run(True, lambda block: partial(nested, block, wrap=bind), **one)
     seen["device in host"] = device_in_host()
+    seen["tasks"] = hooked_in_tasks()
     seen["main after"] = current_step().first_microbatch
     return seen
 
