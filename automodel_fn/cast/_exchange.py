@@ -68,7 +68,7 @@ def exchange(
     """
     order = sorted(range(len(exchanges)), key=lambda i: exchanges[i].can_finish)
     run = _Run([exchanges[i] for i in order], keep_originals, must_finish)
-    with _interrupts_deferred() as check_interrupt:
+    with interrupts_deferred() as check_interrupt:
         run.reserve()
         try:
             while run.num_done < len(order):
@@ -181,7 +181,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _interrupts_deferred() -> Generator[Callable[[], None]]:
+def interrupts_deferred() -> Generator[Callable[[], None]]:
     """Let Ctrl-C wait for a moment at which it can be dealt with.
 
     Yields a function that gives a waiting one to the program's own handler, which may raise. What

@@ -11,7 +11,13 @@ from torch import nn
 
 from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
-from automodel_fn.cast._exchange import Exchange, Originals, converted, exchange
+from automodel_fn.cast._exchange import (
+    Exchange,
+    Originals,
+    converted,
+    exchange,
+    interrupts_deferred,
+)
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import scan
@@ -64,7 +70,8 @@ def temporary_cast(
     try:
         yield model
     finally:
-        exchange(_returns(model, targets, conversions, originals), must_finish=True)
+        with interrupts_deferred():
+            exchange(_returns(model, targets, conversions, originals), must_finish=True)
 
 
 def _returns(

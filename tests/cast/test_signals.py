@@ -7,8 +7,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import automodel_fn
+from automodel_fn import bf16, temporary_cast
+from automodel_fn.cast import _temporary
+from automodel_fn.cast._tensors import scan
 
 SCRIPT = """
     import sys
@@ -51,3 +55,21 @@ def test_ctrl_c_during_a_long_apply_leaves_a_whole_model(mode):
 
     assert (process.returncode, err) == (0, "")
     assert out in ("torch.float32\n", "torch.bfloat16\n")
+
+
+def test_ctrl_c_before_the_first_tensor_comes_back_still_ends_a_temporary_cast(monkeypatch):
+    model = torch.nn.Linear(3, 3)
+    before = [tensor.detach().clone() for tensor in model.parameters()]
+    context = temporary_cast(model, bf16)
+    context.__enter__()
+
+    def interrupted_scan(model):
+        signal.raise_signal(signal.SIGINT)
+        return scan(model)
+
+    monkeypatch.setattr(_temporary, "scan", interrupted_scan)
+    with pytest.raises(KeyboardInterrupt):
+        context.__exit__(None, None, None)
+
+    assert [tensor.dtype for tensor in model.parameters()] == [torch.float32] * 2
+    assert all(map(torch.equal, model.parameters(), before))
