@@ -23,6 +23,7 @@ th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, td.c { font-family: ui-monospace, monospace; font-size: .82rem; word-break: break-word; }
+td.c { min-width: 22rem; }
 .dot { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px;
   margin-right: .4rem; }
 .keep { background: var(--keep); } .cast { background: var(--cast); }
