@@ -1,16 +1,22 @@
-"""The options of the commands, with their help."""
+"""The options of the commands, with their help.
+
+Each is named, and not after its parameter: typer before 0.29 takes the name from the metavar.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Dtype = Annotated[str, typer.Option(help="Target dtype: bf16, fp16 or fp32.", metavar="DTYPE")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Target dtype: bf16, fp16 or fp32.", metavar="DTYPE")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
 
 Model = Annotated[
     str | None,
     typer.Option(
+        "--model",
         help="A folder with a checkpoint, or a transformers model type with a shrunken config. "
         "Without it: a small DeepSeek-V3 style mixture of experts.",
         metavar="MODEL",
@@ -20,6 +26,7 @@ Model = Annotated[
 Data = Annotated[
     list[Path] | None,
     typer.Option(
+        "--data",
         help="File or folder to read as bytes (repeatable). Without it: the source of Python's "
         "standard library.",
         metavar="PATH",
@@ -29,6 +36,7 @@ Data = Annotated[
 RunFolder = Annotated[
     Path | None,
     typer.Option(
+        "--out",
         help="Run folder; new or empty. [default: runs/DATE-TIME]",
         metavar="FOLDER",
         show_default=False,
@@ -38,6 +46,7 @@ RunFolder = Annotated[
 KeepFp32 = Annotated[
     list[str] | None,
     typer.Option(
+        "--keep-fp32",
         help="Keep in fp32: an FQN, a glob or re:... (repeatable).",
         metavar="PATTERN",
         show_default=False,
@@ -46,6 +55,7 @@ KeepFp32 = Annotated[
 Skip = Annotated[
     list[str] | None,
     typer.Option(
+        "--skip",
         help="Leave alone, in the same grammar (repeatable).",
         metavar="PATTERN",
         show_default=False,
@@ -53,20 +63,27 @@ Skip = Annotated[
 ]
 Match = Annotated[
     str,
-    typer.Option(help="How declared keywords match: substring, segment or hf.", metavar="RULE"),
+    typer.Option(
+        "--match", help="How declared keywords match: substring, segment or hf.", metavar="RULE"
+    ),
 ]
 Html = Annotated[
     Path | None,
-    typer.Option(help="Also write the plan as a page.", metavar="FILE", show_default=False),
+    typer.Option(
+        "--html", help="Also write the plan as a page.", metavar="FILE", show_default=False
+    ),
 ]
 
 BenchmarkName = Annotated[
     str | None, typer.Argument(help="The benchmark. Without it: the list of them.", metavar="NAME")
 ]
-Device = Annotated[str, typer.Option(help="Where to measure: cpu or cuda.", metavar="DEVICE")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where to measure: cpu or cuda.", metavar="DEVICE")
+]
 Cases = Annotated[
     list[str] | None,
     typer.Option(
+        "--case",
         help="A case, a glob or a group (repeatable). [default: the group full]",
         metavar="CASE",
         show_default=False,
@@ -74,5 +91,7 @@ Cases = Annotated[
 ]
 ResultFile = Annotated[
     Path | None,
-    typer.Option(help="Also write the result as JSON.", metavar="FILE", show_default=False),
+    typer.Option(
+        "--out", help="Also write the result as JSON.", metavar="FILE", show_default=False
+    ),
 ]

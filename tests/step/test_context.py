@@ -11,7 +11,7 @@ from automodel_fn import (
     step_context,
 )
 
-NOT_A_BOOL = [1, 0, 1.0, "True", "", (), np.bool_(True), np.bool_(False), object()]
+NOT_A_BOOL = [1, 0, 1.0, "True", "", (), np.bool_(True), np.bool_(False), ...]
 
 
 def drained(batches, num_microbatches):
