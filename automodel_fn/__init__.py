@@ -1,6 +1,14 @@
 """Precision for transformers: casts as plans, a step context, nothing ambient by accident."""
 
-from automodel_fn.backend import Availability, probe
+from automodel_fn.backend import (
+    Availability,
+    BackendConfig,
+    FieldResolution,
+    Resolution,
+    TEFp8Config,
+    probe,
+    resolve,
+)
 from automodel_fn.cast import (
     BoundaryHandle,
     CastPlan,
@@ -29,6 +37,14 @@ from automodel_fn.errors import (
     ScopeError,
     StalePlanError,
 )
+from automodel_fn.nn import Float32RMSNorm
+from automodel_fn.ops import (
+    LMHeadOutput,
+    RopeConfig,
+    lm_head_logits,
+    rms_norm_fp32,
+    rope_config,
+)
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
     StepContext,
@@ -40,29 +56,38 @@ from automodel_fn.step import (
     invalidate,
     step_context,
 )
+from automodel_fn.te import PatchHandle, is_tensor_unallocated, patch_te
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutomodelFnError",
     "Availability",
+    "BackendConfig",
     "BackendUnavailableError",
     "BenchmarkError",
     "BoundaryHandle",
     "CastPlan",
     "CastReport",
     "ConfigError",
+    "FieldResolution",
     "Finding",
+    "Float32RMSNorm",
+    "LMHeadOutput",
     "PartialCastError",
     "PatchError",
+    "PatchHandle",
     "Plan",
     "PlanDifference",
+    "Resolution",
+    "RopeConfig",
     "Row",
     "SavedTensor",
     "ScopeError",
     "Snapshot",
     "StalePlanError",
     "StepContext",
+    "TEFp8Config",
     "TensorCast",
     "accumulate",
     "apply",
@@ -78,8 +103,14 @@ __all__ = [
     "frozen_cast_plan",
     "gradient_sync",
     "invalidate",
+    "is_tensor_unallocated",
+    "lm_head_logits",
+    "patch_te",
     "probe",
+    "resolve",
     "restore",
+    "rms_norm_fp32",
+    "rope_config",
     "snapshot",
     "step_context",
     "temporary_cast",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import attrs
+
+from automodel_fn.backend._needs import BACKENDS, NEEDS, Need
+from automodel_fn.errors import ConfigError
 
 
 @attrs.frozen
@@ -47,7 +53,7 @@ class Verdict:
     Args:
         backend: Field and value, as "attn=te".
         can_run: Whether it can.
-        reason: Why, or why not and what to do.
+        reason: Why, or why not: all that is missing.
     """
 
     backend: str
@@ -63,13 +69,17 @@ class Availability:
         python: Version of Python.
         torch: Version of PyTorch.
         cuda: Version of CUDA that PyTorch was built for; None for a CPU build.
-        devices: The accelerators.
+        devices: The accelerators. What needs one can run if any of them suits.
         packages: The optional packages that this library knows.
         num_threads: How many threads PyTorch uses on the CPU.
+        world_size: How many ranks train together; 1 for a process of its own.
 
     Example:
-        >>> Availability(python="3.11.7", torch="2.13.0").package("transformer-engine").is_usable
+        >>> found = Availability(python="3.11.7", torch="2.13.0")
+        >>> found.package("transformer-engine").is_usable
         False
+        >>> found.verdict("attn=te").reason
+        'transformer-engine is not installed; there is no CUDA GPU'
     """
 
     python: str = attrs.field(kw_only=True)
@@ -78,6 +88,7 @@ class Availability:
     devices: tuple[Device, ...] = attrs.field(default=(), kw_only=True)
     packages: tuple[Package, ...] = attrs.field(default=(), kw_only=True)
     num_threads: int = attrs.field(default=1, kw_only=True)
+    world_size: int = attrs.field(default=1, kw_only=True)
 
     def package(self, name: str) -> Package:
         """The package of that name; not installed if it is not among them."""
@@ -85,54 +96,75 @@ class Availability:
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """For each backend whether it can run here, and why not."""
-        return tuple(_verdict(self, *row) for row in _NEEDS)
+        return tuple(self.verdict(backend) for backend in BACKENDS)
+
+    def verdict(self, backend: str) -> Verdict:
+        """Whether one backend can run here, and why not.
+
+        Args:
+            backend: Field and value, as "attn=te".
+
+        Raises:
+            ConfigError: There is no such backend.
+        """
+        tried = [(need, tuple(_missing(self, need))) for need in NEEDS if need.backend == backend]
+        if not tried:
+            raise ConfigError(
+                f"backend={backend!r} is none that is known; expected field=value, as 'attn=te'."
+            )
+        # Of several ways the one for this GPU is spoken of, then the one of which least is missing.
+        _, missing = min(tried, key=lambda pair: (bool(_lacks_device(self, pair[0])), len(pair[1])))
+        return Verdict(backend, can_run=not missing, reason="; ".join(missing) or "can run")
 
 
-_NEEDS: tuple[tuple[str, str, tuple[int, int] | None], ...] = (
-    ("attn=eager", "", None),
-    ("attn=sdpa", "", None),
-    ("attn=flex", "", None),
-    ("attn=te", "transformer-engine", (8, 0)),
-    ("attn=tilelang", "tilelang", (8, 0)),
-    ("linear=torch", "", None),
-    ("linear=te", "transformer-engine", (8, 0)),
-    ("rms_norm=torch", "", None),
-    ("rms_norm=torch_fp32", "", None),
-    ("rms_norm=te", "transformer-engine", (8, 0)),
-    ("experts=torch", "", None),
-    ("experts=torch_mm", "", (8, 0)),
-    ("experts=te", "transformer-engine", (8, 0)),
-    ("experts=gmm", "grouped_gemm", (8, 0)),
-    ("experts=torch_mm_mxfp8", "torchao", (10, 0)),
-    ("dispatcher=torch", "", None),
-    ("dispatcher=deepep", "deep_ep", (9, 0)),
-    ("dispatcher=hybridep", "deep_ep", (9, 0)),
-    ("dispatcher=uccl_ep", "uccl", (8, 0)),
-    ("te_fp8=current", "transformer-engine", (8, 9)),
-    ("te_fp8=block", "transformer-engine", (9, 0)),
-    ("te_fp8=mxfp8", "transformer-engine", (10, 0)),
-)
-"""Backend, the package it needs ("" for none), the least compute capability (None for any)."""
-
-PACKAGES = tuple(dict.fromkeys(package for _, package, _ in _NEEDS if package))
+def _missing(found: Availability, need: Need) -> Iterator[str]:
+    if need.package:
+        yield from _lacks_package(found.package(need.package), need.version)
+    device = _lacks_device(found, need)
+    if device:
+        yield device
+    elif need.cuda and _release(found.cuda or "") < need.cuda:
+        has = f"for CUDA {found.cuda}" if found.cuda else "without CUDA"
+        yield f"PyTorch was built {has}, at least CUDA {dotted(need.cuda)} is needed"
+    if found.world_size < need.ranks:
+        yield f"world_size={found.world_size}, at least {need.ranks} ranks are needed"
 
 
-def _verdict(
-    found: Availability, backend: str, package: str, capability: tuple[int, int] | None
-) -> Verdict:
-    missing: list[str] = []
-    if package:
-        known = found.package(package)
-        if known.version is None:
-            missing.append(f"{package} is not installed")
-        elif known.problem:
-            missing.append(f"{package} {known.version}: {known.problem}")
-    if capability is not None:
-        best = max((device.capability for device in found.devices), default=None)
-        least = ".".join(map(str, capability))
-        if best is None:
-            missing.append("there is no CUDA GPU")
-        elif best < capability:
-            has = ".".join(map(str, best))
-            missing.append(f"the GPU has compute capability {has}, at least {least} is needed")
-    return Verdict(backend, can_run=not missing, reason="; ".join(missing) or "can run")
+def _lacks_package(package: Package, least: tuple[int, ...]) -> Iterator[str]:
+    if package.version is None:
+        yield f"{package.name} is not installed"
+        return
+    if package.problem:
+        yield f"{package.name} {package.version}: {package.problem}"
+    if _release(package.version) < least:
+        yield f"{package.name} is {package.version}, at least {dotted(least)} is needed"
+
+
+def _lacks_device(found: Availability, need: Need) -> str:
+    if need.capability is None:
+        return ""
+    have = [device.capability for device in found.devices]
+    if not have:
+        return "there is no CUDA GPU"
+    if any(need.capability <= each and (need.below is None or each < need.below) for each in have):
+        return ""
+    wanted = f"at least {dotted(need.capability)}"
+    if need.below is not None and max(have) >= need.below:
+        wanted = f"less than {dotted(need.below)}"
+    return f"the GPU has compute capability {dotted(max(have))}, {wanted} is needed"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with; () if it does not begin with one."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """A version or a compute capability as it is written.
+
+    Example:
+        >>> dotted((8, 9))
+        '8.9'
+    """
+    return ".".join(map(str, version))

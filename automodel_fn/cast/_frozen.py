@@ -13,7 +13,11 @@ MIXED = ("base", "all", "none")
 
 
 def frozen_rule(
-    model_scan: ModelScan, mixed: str, pinned: Collection[int]
+    model_scan: ModelScan,
+    mixed: str,
+    pinned: Collection[int],
+    *,
+    is_castable: Callable[[NamedTensor], bool] = lambda item: uncastable(item) is None,
 ) -> Callable[[NamedTensor], str | None]:
     """For a tensor: why it is cast with the frozen parts, or None if it is not.
 
@@ -25,6 +29,7 @@ def frozen_rule(
         mixed: What is cast in mixed modules: "base" (their own frozen tensors), "all" (everything
             in and beneath them, as NeMo 0.7), or "none".
         pinned: The indices of fp32 pins.
+        is_castable: Whether a tensor may be cast at all.
 
     Raises:
         ConfigError: Another `mixed`.
@@ -38,7 +43,7 @@ def frozen_rule(
         owner_of(name)
         for index, item in enumerate(model_scan.tensors)
         if item.kind == PARAMETER and not item.tensor.requires_grad
-        if index not in pinned and uncastable(item) is None
+        if index not in pinned and is_castable(item)
         for name in item.names
     }
     bases = owners & trained

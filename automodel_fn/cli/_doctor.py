@@ -9,12 +9,15 @@ import attrs
 from rich.table import Table
 
 from automodel_fn.backend._availability import Availability
+from automodel_fn.backend._config import BackendConfig
+from automodel_fn.backend._resolve import resolve
+from automodel_fn.plans import Row
 from automodel_fn.render._groups import size_text
 from automodel_fn.render._table import simple_table
 
 
 def availability_tables(found: Availability) -> Iterator[Table]:
-    """Versions, devices and backends, a table each."""
+    """Versions, devices, backends, and what is chosen of them by default; a table each."""
     versions = [
         ("python", found.python, ""),
         ("torch", found.torch, f"CUDA {found.cuda or 'none'}"),
@@ -29,9 +32,20 @@ def availability_tables(found: Availability) -> Iterator[Table]:
     yield simple_table("Devices", ("device", "kind", "memory"), [cpu, *devices])
     verdicts = [(v.backend, "yes" if v.can_run else "no", v.reason) for v in found.verdicts()]
     yield simple_table("Backends", ("backend", "runs here", "why"), verdicts)
+    chosen = [(r.name, r.after, r.reason) for r in _default(found) if r.action == "choose"]
+    yield simple_table("What BackendConfig() chooses here", ("field", "runs", "why"), chosen)
 
 
 def availability_json(found: Availability) -> str:
     """The same as JSON text."""
     verdicts = [attrs.asdict(verdict) for verdict in found.verdicts()]
-    return json.dumps({**attrs.asdict(found), "backends": verdicts}, indent=1) + "\n"
+    default = [
+        {"field": row.name, "asked": row.before, "runs": row.after, "reason": row.reason}
+        for row in _default(found)
+    ]
+    parts = {**attrs.asdict(found), "backends": verdicts, "default_backend": default}
+    return json.dumps(parts, indent=1) + "\n"
+
+
+def _default(found: Availability) -> tuple[Row, ...]:
+    return resolve(BackendConfig(), found).rows()

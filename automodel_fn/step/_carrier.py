@@ -45,6 +45,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         # Set here and not on the class: Dynamo would take a class attribute for a constant.
+        self.base = NOWHERE
         self.mirror = NOWHERE
         self.published: Entry | None = None
         self.task_scopes: set[Entry] = set()
@@ -80,11 +81,12 @@ def open_entry() -> Entry | None:
 def _publish(entry: Entry | None) -> None:
     if not this_thread.task_scopes:
         this_thread.have_tasks_taken_turns = False
-    step = OFF if entry is None or this_thread.have_tasks_taken_turns else entry.step
+    outside = this_thread.base
+    step = OFF if this_thread.have_tasks_taken_turns else (entry or outside).step
     is_foreign = entry is not None and entry.thread != threading.get_ident()
     this_thread.published = entry
     this_thread.mirror = (
-        NOWHERE if this_thread.task_scopes or is_foreign or entry is None else entry
+        NOWHERE if this_thread.task_scopes or is_foreign else outside if entry is None else entry
     )
     if this_thread.timeline is None:
         check_torch()
@@ -100,10 +102,22 @@ def change_to(entry: Entry | None) -> None:
     _publish(entry)
 
 
+def base_step() -> StepContext:
+    """The step of this thread outside of every scope."""
+    return this_thread.base.step
+
+
+def change_base(step: StepContext) -> None:
+    """Change the step outside of every scope; only where no scope is open."""
+    assert this_thread.published is None
+    this_thread.base = NOWHERE if step == OFF else Entry(step, None, None, None, 0)
+    _publish(None)
+
+
 def step_at(entry: Entry | None, now: Evaluation | None) -> StepContext:
     """The step in force where `entry` is the innermost scope; in a backward, only if of there."""
     if now is None or (entry is not None and entry.evaluation == now):
-        return OFF if entry is None else entry.step
+        return this_thread.base.step if entry is None else entry.step
     return forward_step(now)
 
 

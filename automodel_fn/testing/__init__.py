@@ -14,27 +14,50 @@ from automodel_fn.testing._laws_atomic import InjectedError, check_all_or_nothin
 from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
 from automodel_fn.testing._laws_frozen import check_frozen_plan
 from automodel_fn.testing._laws_inverse import check_inverse, check_undo
+from automodel_fn.testing._laws_ops import (
+    check_lm_head_logits,
+    check_rms_norm,
+    check_rope_config,
+)
 from automodel_fn.testing._laws_plan import check_plan_is_pure
+from automodel_fn.testing._laws_resolve import check_resolve
 from automodel_fn.testing._laws_step import StepScopeMachine
 from automodel_fn.testing._laws_temporary import check_temporary_cast
+from automodel_fn.testing._stand_ins import te_stand_ins
 from automodel_fn.testing._strategies_arguments import pin_patterns, step_contexts
+from automodel_fn.testing._strategies_backends import availabilities, backend_configs
 from automodel_fn.testing._strategies_models import models
+from automodel_fn.testing._strategies_ops import (
+    lm_head_arguments,
+    norm_arguments,
+    rope_parameters,
+)
 from automodel_fn.testing._strategies_tensors import dtypes, tensors
 
 __all__ = [
     "InjectedError",
     "StepScopeMachine",
+    "availabilities",
+    "backend_configs",
     "check_aliases_kept",
     "check_all_or_nothing",
     "check_cast_exact",
     "check_frozen_plan",
     "check_inverse",
+    "check_lm_head_logits",
     "check_plan_is_pure",
+    "check_resolve",
+    "check_rms_norm",
+    "check_rope_config",
     "check_temporary_cast",
     "check_undo",
     "dtypes",
+    "lm_head_arguments",
     "models",
+    "norm_arguments",
     "pin_patterns",
+    "rope_parameters",
     "step_contexts",
+    "te_stand_ins",
     "tensors",
 ]

@@ -56,6 +56,28 @@ def test_the_number_of_threads_is_the_present_one():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(
+    ("announced", "expected"),
+    [("8", 8), ("1", 1), ("", 1), ("0", 1), ("-2", 1), ("many", 1), (None, 1)],
+)
+def test_a_launcher_says_how_many_ranks_there_are(monkeypatch, announced, expected):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if announced is not None:
+        monkeypatch.setenv("WORLD_SIZE", announced)
+    assert probe().world_size == expected
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_process_group_that_is_there_counts_and_not_what_was_announced(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert probe().world_size == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_there_is_a_device_for_each_gpu():
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = probe().devices
@@ -98,6 +120,20 @@ def test_transformer_engine_without_its_extension_is_not_usable(install):
 def test_transformer_engine_with_its_extension_is_usable(install):
     install("transformer-engine", "2.20.2", "transformer_engine", "transformer_engine_torch")
     assert probe().package("transformer-engine").is_usable
+
+
+@pytest.mark.parametrize("folder", ["", "wheel_lib"])
+def test_transformer_engine_is_usable_too_where_its_extension_lies_inside_it(
+    install, tmp_path, folder
+):
+    install("transformer-engine", "2.20.2")
+    package = tmp_path / "transformer_engine"
+    (package / folder).mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')\n")
+    assert not probe().package("transformer-engine").is_usable
+    (package / folder / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so").touch()
+    assert probe().package("transformer-engine").is_usable
+    assert "transformer_engine" not in sys.modules
 
 
 def test_a_module_without_metadata_is_not_installed(install, tmp_path):

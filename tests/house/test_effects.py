@@ -13,6 +13,7 @@ EFFECTFUL = (
     "te/*",
     "step/_ambient.py",
     "step/_autograd.py",
+    "step/_base.py",
     "step/_bind.py",
     "step/_carrier.py",
     "step/_freshness.py",

@@ -1,0 +1,111 @@
+"""Which backend a model is to use: an immutable value, which is checked when it is made."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+import torch
+
+from automodel_fn.backend._checks import complaint, to_dtype, to_float, to_fp8
+from automodel_fn.backend._fp8 import TEFp8Config
+from automodel_fn.backend._rules import (
+    Attention,
+    Dispatcher,
+    Experts,
+    Linear,
+    Norm,
+    contradictions,
+    value_text,
+)
+from automodel_fn.errors import ConfigError, itemized
+
+
+@attrs.frozen(kw_only=True)
+class BackendConfig:
+    """What is asked for: by which backend each part of a model is to run.
+
+    A value: immutable, comparable, hashable (with a recipe object in `te_fp8`, if that is), and
+    never rewritten, neither by itself nor by a model. Change one with `attrs.evolve`. Whether it
+    can run is another question, which `resolve` answers for one machine; "auto" leaves the choice
+    to that answer. Replaces `BackendConfig` (NeMo Automodel), whose fields it has.
+
+    Args:
+        attn: Attention: "auto", "te", "sdpa", "flex", "eager" or "tilelang".
+        linear: Linear layers: "auto", "torch" or "te".
+        rms_norm: RMSNorm: "torch", "torch_fp32" (all of it in float32) or "te".
+        rope_fusion: Whether rotary embeddings are applied by one kernel of Transformer Engine:
+            "auto", True or False. The kernel takes cos and sin in float32, while Hugging Face
+            rotates with tables in bf16, so log-probabilities differ slightly between the two.
+        experts: Products of the experts: "auto", "torch" (one an expert), "torch_mm" (grouped),
+            "torch_mm_mxfp8" (grouped, in MXFP8 by torchao), "gmm" or "te".
+        dispatcher: How tokens reach their experts: "auto", "torch", "deepep", "hybridep" or
+            "uccl_ep". "te" and "gmm" experts need one of the last three.
+        dispatcher_num_sms: How many multiprocessors of the GPU dispatching may take.
+        dispatcher_share_token_dispatcher: Whether layers share the buffers of one dispatcher.
+        dispatcher_async_dispatch: Whether DeepEP and UCCL-EP dispatch without being waited for.
+        enable_deepep: Only None; it was replaced by `dispatcher` and `experts`.
+        fake_balanced_gate: Send tokens to experts evenly, without a router; for benchmarks.
+        fake_gate_noise: How uneven the fake gate is, from 0 to 1; 0 without it.
+        enable_hf_state_dict_adapter: Read and write checkpoints by Hugging Face's names.
+        enable_fsdp_optimizations: Hold back gradient sync and resharding until they are needed.
+        te_fp8: FP8 in Transformer Engine's modules: a TEFp8Config, the name of its recipe, a
+            mapping of its fields, or None for off. It needs linear or experts to be "te".
+        gate_precision: The dtype, or its name, in which the gate projects and scores; with None
+            it projects in its input's dtype and scores in float32.
+        compile_attn: Compile the attention module as a whole, which then must hold nothing of
+            Transformer Engine or tilelang.
+
+    Raises:
+        ConfigError: Values that are not allowed, or that no machine could bring together; all of
+            them are listed, and nothing is corrected silently.
+
+    Example:
+        >>> import attrs
+        >>> backend = BackendConfig(attn="sdpa", gate_precision="fp32")
+        >>> backend.gate_precision, attrs.evolve(backend, linear="torch").linear
+        (torch.float32, 'torch')
+        >>> BackendConfig(attn="spda", linear=True)
+        Traceback (most recent call last):
+        automodel_fn.errors.ConfigError: this BackendConfig cannot be made
+          attn='spda' must be one of 'auto', 'te', 'sdpa', 'flex', 'eager', 'tilelang'; \
+did you mean 'sdpa'?
+          linear=True must be one of 'auto', 'torch', 'te'
+    """
+
+    attn: Attention = "auto"
+    linear: Linear = "auto"
+    rms_norm: Norm = "torch_fp32"
+    rope_fusion: bool | Literal["auto"] = "auto"
+    experts: Experts = "auto"
+    dispatcher: Dispatcher = "auto"
+    dispatcher_num_sms: int = 20
+    dispatcher_share_token_dispatcher: bool = True
+    dispatcher_async_dispatch: bool = False
+    enable_deepep: None = None
+    fake_balanced_gate: bool = False
+    fake_gate_noise: float = attrs.field(default=0.0, converter=to_float)
+    enable_hf_state_dict_adapter: bool = True
+    enable_fsdp_optimizations: bool = False
+    te_fp8: TEFp8Config | None = attrs.field(default=None, converter=to_fp8)
+    gate_precision: torch.dtype | None = attrs.field(default=None, converter=to_dtype)
+    compile_attn: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        values = values_of(self)
+        wrong = {name: text for name, value in values.items() if (text := complaint(name, value))}
+        lines = [f"{name}={value_text(values[name])} {text}" for name, text in wrong.items()]
+        # A rule about a wrong value would say the same thing twice.
+        lines += contradictions(values, unjudged=wrong)
+        if lines:
+            raise ConfigError(itemized("this BackendConfig cannot be made", lines))
+
+
+def values_of(config: BackendConfig) -> dict[str, Any]:
+    """The fields of a config by name, in order.
+
+    Example:
+        >>> list(values_of(BackendConfig()))[:3]
+        ['attn', 'linear', 'rms_norm']
+    """
+    return {each.name: getattr(config, each.name) for each in attrs.fields(BackendConfig)}

@@ -1,0 +1,3 @@
+"""Other libraries' modules, name by name: code written for them runs after one changed import."""
+
+__all__: list[str] = []

@@ -1,0 +1,5 @@
+"""Modules over the functions of ops."""
+
+from automodel_fn.nn._rms_norm import Float32RMSNorm
+
+__all__ = ["Float32RMSNorm"]

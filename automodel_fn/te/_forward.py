@@ -1,0 +1,103 @@
+"""The wrapped forwards: pure functions of a forward and a reader of the step.
+
+A wrapped forward keeps its signature and passes every argument through as it came. It adds
+`is_first_microbatch` where the caller gave none, not even None, and the step has one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from automodel_fn.errors import PatchError
+from automodel_fn.step._context import StepContext
+from automodel_fn.te._classes import FIRST_MICROBATCH, takes_step
+from automodel_fn.te._shapes import SHAPE_RULES, ShapeRule
+from automodel_fn.te._unallocated import is_tensor_unallocated
+
+Forward = Callable[..., Any]
+StepReader = Callable[[], StepContext]
+
+
+def with_step(forward: Forward, read_step: StepReader, name: str) -> Forward:
+    """A forward that takes `is_first_microbatch` from the step unless its caller gives it.
+
+    Compiled code passes nothing: a bool costs a graph break in Transformer Engine 2.20.
+
+    Args:
+        forward: The unbound forward of a class.
+        read_step: Gives the step in force; called once a forward.
+        name: What the forward is called in an error.
+
+    Raises:
+        PatchError: The forward has no parameter of that name.
+    """
+    position = _position(forward, FIRST_MICROBATCH)
+    if position is None:
+        raise PatchError(
+            f"{name}.forward has no parameter {FIRST_MICROBATCH}, found {_described(forward)}; "
+            "expected Transformer Engine 2.0 or newer, and no wrapper that hides the signature."
+        )
+
+    @wraps(forward)
+    def stepping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        is_given = len(args) > position or FIRST_MICROBATCH in kwargs
+        if not is_given and not torch.compiler.is_compiling():
+            first = read_step().first_microbatch
+            if first is not None:
+                kwargs[FIRST_MICROBATCH] = first
+        return forward(self, *args, **kwargs)
+
+    return stepping
+
+
+def with_shape_rule(forward: Forward, rule: ShapeRule) -> Forward:
+    """A forward that answers an unallocated input by `rule` and does not run.
+
+    Args:
+        forward: The unbound forward of a class; its first argument is the input.
+        rule: Gives the outputs for a module and an input.
+    """
+    first = next(iter(list(inspect.signature(forward).parameters)[1:]), "")
+
+    @wraps(forward)
+    def shaped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inp = args[0] if args else kwargs.get(first)
+        if isinstance(inp, torch.Tensor) and is_tensor_unallocated(inp):
+            return rule(self, inp)
+        return forward(self, *args, **kwargs)
+
+    return shaped
+
+
+def wrapped_forward(forward: Forward, field: str, read_step: StepReader, name: str) -> Forward:
+    """The forward of the class of a field of TEClasses, as the patch makes it.
+
+    Args:
+        forward: The unbound forward.
+        field: Which of the classes it is of.
+        read_step: Gives the step in force.
+        name: What the class is called in an error.
+
+    Raises:
+        PatchError: It should take `is_first_microbatch` and does not.
+    """
+    if takes_step(field):
+        forward = with_step(forward, read_step, name)
+    rule = SHAPE_RULES.get(field)
+    return forward if rule is None else with_shape_rule(forward, rule)
+
+
+def _position(forward: Forward, parameter: str) -> int | None:
+    """Where among the positional arguments after self a parameter stands."""
+    names = list(inspect.signature(forward).parameters)
+    return names.index(parameter) - 1 if parameter in names else None
+
+
+def _described(forward: Forward) -> str:
+    return f"{getattr(forward, '__qualname__', forward)}{inspect.signature(forward)}"

@@ -1,0 +1,54 @@
+"""Import Transformer Engine, or say why it cannot be."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from automodel_fn.errors import BackendUnavailableError
+from automodel_fn.te._classes import TEClasses
+
+_MODULE = "transformer_engine.pytorch"
+_NAMES = {
+    "linear": "Linear",
+    "grouped_linear": "GroupedLinear",
+    "layer_norm_linear": "LayerNormLinear",
+    "layer_norm_mlp": "LayerNormMLP",
+    "multihead_attention": "MultiheadAttention",
+    "transformer_layer": "TransformerLayer",
+    "rms_norm": "RMSNorm",
+    "layer_norm": "LayerNorm",
+}
+
+
+def load_te_classes() -> TEClasses:
+    """The classes of the installed Transformer Engine, which is imported now if it was not yet.
+
+    Raises:
+        BackendUnavailableError: It is not installed, cannot be imported, or is too old.
+    """
+    module = _import()
+    missing = [name for name in _NAMES.values() if not hasattr(module, name)]
+    if missing:
+        raise BackendUnavailableError(
+            f"{_MODULE} has no {', '.join(missing)}; expected Transformer Engine 2.0 or newer: "
+            "pip install --upgrade 'transformer-engine[pytorch]>=2.0'."
+        )
+    return TEClasses(**{field: getattr(module, name) for field, name in _NAMES.items()})
+
+
+def _import() -> Any:
+    try:
+        return importlib.import_module(_MODULE)
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"{_MODULE} cannot be imported ({error}); Transformer Engine needs a CUDA GPU and "
+            "pip install --no-build-isolation 'transformer-engine[pytorch]'."
+        ) from error
+    except (AttributeError, ImportError, OSError, RuntimeError, AssertionError) as error:
+        # What its shared libraries raise varies: a missing file, an undefined symbol, no driver.
+        raise BackendUnavailableError(
+            f"{_MODULE} is installed but cannot be imported: {type(error).__name__}: {error}. "
+            "Its extension must be built for this PyTorch and Python; where a symbol of cuDNN is "
+            "undefined, put the folder of torch's own cuDNN first on LD_LIBRARY_PATH."
+        ) from error

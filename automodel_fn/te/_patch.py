@@ -1,0 +1,171 @@
+"""Wrap the forwards of Transformer Engine's classes, and unwrap them again."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import nn
+
+from automodel_fn.errors import PatchError, itemized
+from automodel_fn.step._ambient import current_step
+from automodel_fn.te._classes import TEClasses
+from automodel_fn.te._forward import StepReader, wrapped_forward
+from automodel_fn.te._load import load_te_classes
+from automodel_fn.te._record import (
+    Patched,
+    is_disturbed,
+    is_in_force,
+    is_wrapped,
+    lock,
+    release,
+    take,
+)
+
+
+class PatchHandle:
+    """The patch, for as long as somebody needs it; a context manager.
+
+    The classes are wrapped while at least one handle is left.
+
+    Example:
+        >>> from automodel_fn.te._patch import patch_classes
+        >>> from automodel_fn.testing import te_stand_ins
+        >>> classes = te_stand_ins()
+        >>> with patch_classes(classes, current_step) as handle:
+        ...     handle.is_active
+        True
+        >>> handle
+        PatchHandle(is_active=False)
+    """
+
+    __slots__ = ("_classes", "_is_active")
+
+    def __init__(self, classes: tuple[type[nn.Module], ...]) -> None:
+        self._classes = classes
+        self._is_active = True
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this handle has not been removed."""
+        return self._is_active
+
+    def remove(self) -> None:
+        """Give this handle back; with the last one the classes are as they were. Twice is fine.
+
+        Raises:
+            PatchError: Someone else changed a `forward` since; nothing was changed, and this
+                handle is still active, so that it can be removed once theirs is gone.
+        """
+        with lock:
+            if not self._is_active:
+                return
+            disturbed = [cls for cls in self._classes if is_disturbed(cls, self)]
+            if disturbed:
+                raise PatchError(_disturbance(disturbed, len(self._classes)))
+            self._release()
+
+    def _release(self) -> None:
+        for cls in self._classes:
+            release(cls, self)
+        self._is_active = False
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"PatchHandle(is_active={self._is_active})"
+
+
+def patch_te() -> PatchHandle:
+    """Let Transformer Engine's modules see the step context, and infer shapes without memory.
+
+    `Linear`, `GroupedLinear`, `LayerNormLinear`, `LayerNormMLP`, `MultiheadAttention` and
+    `TransformerLayer` get `is_first_microbatch` from `current_step()` where their caller does not
+    give it; an argument that the caller gives wins, also None. An input without memory (meta, fake)
+    gives the four linears, `RMSNorm` and `LayerNorm` an output of the right shape and dtype with an
+    autograd edge, as pipeline shape inference needs. All other arguments pass through unchanged.
+
+    Each call has its own handle; the classes are wrapped once, and unwrapped with the last handle.
+
+    Returns:
+        A PatchHandle: a context manager, with `remove()`.
+
+    Raises:
+        BackendUnavailableError: Transformer Engine cannot be imported here, or is too old.
+        PatchError: A `forward` is not one that can be wrapped.
+
+    Source:
+        `_patch_te_modules` (NeMo Automodel), which wraps three classes for good, renames an
+        argument and reads a global flag.
+
+    Example:
+        >>> from automodel_fn import BackendUnavailableError
+        >>> try:
+        ...     with patch_te():
+        ...         pass
+        ... except BackendUnavailableError as error:
+        ...     print("Transformer Engine" in str(error))
+        True
+    """
+    return patch_classes(load_te_classes(), current_step)
+
+
+def patch_classes(classes: TEClasses, read_step: StepReader) -> PatchHandle:
+    """As `patch_te`, for the classes of a record and any reader of the step.
+
+    Raises:
+        PatchError: A `forward` is not one that can be wrapped, or ours was replaced; all are
+            listed and nothing was changed.
+    """
+    with lock:
+        to_take = _patched(classes, read_step)
+        handle = PatchHandle(tuple(patched.cls for patched in to_take))
+        try:
+            for patched in to_take:
+                take(patched, handle)
+        except BaseException:
+            handle._release()
+            raise
+        return handle
+
+
+def _patched(classes: TEClasses, read_step: StepReader) -> tuple[Patched, ...]:
+    """What is to be wrapped, and how; changes nothing."""
+    made: list[Patched] = []
+    wrong: list[str] = []
+    for field, cls in classes.items():
+        if is_wrapped(cls) and not is_in_force(cls):
+            wrong.append(f"{cls.__name__}.forward is {cls.forward!r}")
+            continue
+        try:
+            wrapped = wrapped_forward(cls.forward, field, read_step, cls.__name__)
+            made.append(Patched(cls, wrapped=wrapped))
+        except PatchError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise PatchError(
+            itemized(
+                f"{len(wrong)} of {len(classes.items())} forwards cannot be wrapped, or were "
+                "replaced since they were; expected them as Transformer Engine left them:",
+                wrong,
+                "Undo what replaced them, then call patch_te again.",
+            )
+        )
+    return tuple(made)
+
+
+def _disturbance(classes: list[type[nn.Module]], num_classes: int) -> str:
+    return itemized(
+        f"{len(classes)} of {num_classes} forwards were changed by someone else since patch_te(); "
+        "expected our wrapper on top, and nothing was unwrapped:",
+        [f"{cls.__name__}.forward is {cls.__dict__.get('forward')!r}" for cls in classes],
+        "Undo the other change first, then call remove() again.",
+    )
