@@ -51,7 +51,7 @@ clean: ## remove .venv and all that was built
 	rm -rf .venv build dist docs/_build .pytest_cache .ruff_cache .hypothesis
 
 # Touched last, so that an interrupted set-up is done again. A TORCH given to make is looked at even when all is ready.
-$(READY): pyproject.toml .ci/torch_build.py $(if $(findstring command,$(origin TORCH)),again)
+$(READY): pyproject.toml .ci/torch_build.py .ci/peers.txt $(if $(findstring command,$(origin TORCH)),again)
 	@rm -f $@
 	@$(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null || { \
 	  for python in $(PYTHONS) ''; do "$$python" -c '$(NEW_ENOUGH)' 2>/dev/null && break; done; \
@@ -63,4 +63,5 @@ $(READY): pyproject.toml .ci/torch_build.py $(if $(findstring command,$(origin T
 	@$(BIN)/python -m pip install --quiet 'pip>=25.1' || $(call fail,$(NO_PIP))
 	@$(BIN)/python .ci/torch_build.py .venv/torch.txt
 	@$(BIN)/python -m pip install -c .venv/torch.txt -e '.[config,plots,testing]' --group dev || $(call fail,$(NO_PIP))
+	@$(BIN)/python -m pip install --quiet --no-deps -r .ci/peers.txt || $(call fail,$(NO_PIP))
 	@touch $@

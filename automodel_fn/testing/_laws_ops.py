@@ -133,7 +133,9 @@ def check_lm_head_logits(
     bias = dict(lm_head.named_parameters()).get("bias", torch.zeros(())).detach().double()
     exact, size = kept @ weight.T + bias, kept.abs() @ weight.abs().T + bias.abs()
     demand(output.logits.shape == exact.shape, f"logits have the shape {output.logits.shape}")
-    slack = (kept.shape[-1] + 3) * torch.finfo(dtype).eps / 2 * size
+    # The second part is what products that underflow may lose.
+    unit, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
+    slack = (kept.shape[-1] + 3) * unit * (size + 2 * least)
     _demand_between("a logit", output.logits, (exact - slack).to(dtype), (exact + slack).to(dtype))
     if lm_head.weight.requires_grad:
         _demand_gradient(lm_head, output.logits, kept, torch.finfo(dtype).eps)

@@ -166,6 +166,7 @@ def test_meta_and_fake_tensors_give_shapes_and_dtypes(weight_multiply):
     assert (found.shape, found.dtype) == ((2, 3, 8), torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @both_ways
 def test_it_can_be_mapped_and_differentiated_by_torch_func(weight_multiply):
     x, weight = made((4, 8), torch.float32)

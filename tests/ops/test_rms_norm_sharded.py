@@ -15,10 +15,11 @@ used = norm
 if {is_compiled}:
     used = torch.compile(norm, backend="aot_eager", fullgraph=True)
 for dtype in (torch.float32, torch.bfloat16):
-    plain = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+    plain = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (x, weight)]
     expected = norm(*plain)
     expected.backward(upstream.to(dtype))
     for place in (Replicate(), Shard(0), Shard(1), Shard(2)):
+        torch._dynamo.reset()
         spread = distribute_tensor(x.to(dtype), mesh, [place]).requires_grad_()
         scale = distribute_tensor(weight.to(dtype), mesh, [Replicate()]).requires_grad_()
         with torch.no_grad():
