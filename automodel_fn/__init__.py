@@ -1,5 +1,6 @@
 """Precision for transformers: casts as plans, a step context, nothing ambient by accident."""
 
+from automodel_fn import build
 from automodel_fn.backend import (
     Availability,
     BackendConfig,
@@ -94,6 +95,7 @@ __all__ = [
     "audit",
     "bf16",
     "bind",
+    "build",
     "cast_plan",
     "checkpoint_context_fn",
     "current_step",

@@ -177,13 +177,14 @@ def _fall_back_to_torch(config: BackendSettings) -> None:
 def _check_cuda_graph(config: BackendSettings) -> None:
     modules = set(config.cuda_graph.modules)
     of_attention = sorted(modules & {"attn", "te_dpa"})
-    recipe = None if config.te_fp8 is None else config.te_fp8.recipe
+    recipe = getattr(config.te_fp8, "recipe", None)
+    has_fp8_attention = bool(getattr(recipe, "fp8_dpa", False))
     refused = (
         (of_attention, "attn", config.attn, "te"),
         ("attn" in modules, "linear", config.linear, "torch"),
         ("attn" in modules, "rms_norm", config.rms_norm, "torch"),
-        (of_attention, "te_fp8.recipe.fp8_dpa", getattr(recipe, "fp8_dpa", False), False),
-        ("moe_router" in modules, "fake_balanced_gate", config.fake_balanced_gate, False),
+        (of_attention, "te_fp8.recipe.fp8_dpa", has_fp8_attention, False),
+        ("moe_router" in modules, "fake_balanced_gate", bool(config.fake_balanced_gate), False),
         ("moe_preprocess" in modules, "dispatcher", config.dispatcher, "hybridep"),
     )
     for is_captured, name, found, needed in refused:

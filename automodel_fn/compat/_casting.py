@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,13 @@ def cast_model(
 
     In a sharded model only strict keywords pin parameters: others may share a group of FSDP2 with
     parameters of another dtype.
+
+    Raises:
+        TypeError: `dtype` is neither floating point nor complex.
     """
+    asked: Any = dtype
+    if isinstance(asked, torch.dtype) and not (asked.is_floating_point or asked.is_complex):
+        raise TypeError(f"dtype={dtype} must be a floating-point or complex dtype.")
     model_scan = scan(model)
     preserved = {} if ignores_preserved else preserved_dtypes(model_scan)
     of_parameters = strict if is_sharded else keywords

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 from automodel_fn.step._ambient import current_step
@@ -30,22 +31,40 @@ def set_is_first_microbatch(value: bool | None) -> None:
     set_base_step(StepContext(value, optim_step=current_step().optim_step))
 
 
-def flag(name: str, module: str) -> Any:
-    """The value of "IS_FIRST_MICROBATCH" or "IS_OPTIM_STEP"; AttributeError for other names."""
-    if name == "IS_FIRST_MICROBATCH":
-        return get_is_first_microbatch()
-    if name == "IS_OPTIM_STEP":
-        return get_is_optim_step()
-    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+def _flag(name: str, read: Callable[[], bool | None], write: Callable[[Any], None]) -> Any:
+    """A property of a module: a flag that can also be deleted, and is then missing until it is set.
+
+    `unittest.mock` deletes what it has patched, and sets what was there before only where it then
+    finds nothing; pytest's monkeypatch sets at once what is a property.
+    """
+    mark = f"_{name}_is_deleted"
+
+    def demand(module: types.ModuleType) -> None:
+        if mark in vars(module):
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    def get(module: types.ModuleType) -> bool | None:
+        demand(module)
+        return read()
+
+    def put(module: types.ModuleType, value: Any) -> None:
+        write(value)
+        vars(module).pop(mark, None)
+
+    def delete(module: types.ModuleType) -> None:
+        demand(module)
+        vars(module)[mark] = True
+
+    return property(get, put, delete)
 
 
 class FlagModule(types.ModuleType):
-    """Setting a flag as an attribute of the module sets it, as it would the original's global."""
+    """A module of which the flags are attributes, as the original's globals are."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "IS_FIRST_MICROBATCH":
-            set_is_first_microbatch(value)
-        elif name == "IS_OPTIM_STEP":
-            set_is_optim_step(value)
-        else:
-            super().__setattr__(name, value)
+    IS_FIRST_MICROBATCH = _flag(
+        "IS_FIRST_MICROBATCH", get_is_first_microbatch, set_is_first_microbatch
+    )
+    IS_OPTIM_STEP = _flag("IS_OPTIM_STEP", get_is_optim_step, set_is_optim_step)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), "IS_FIRST_MICROBATCH", "IS_OPTIM_STEP"})

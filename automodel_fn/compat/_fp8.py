@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from automodel_fn.compat._packages import LOGGER
+from automodel_fn.compat._packages import HAVE_TE, LOGGER
 
 _RECIPES = {
     "current": "Float8CurrentScaling",
@@ -48,9 +48,13 @@ class TEFp8Settings:
             LOGGER.warning("te_fp8.recipe='mxfp8' takes Transformer Engine's MXFP8BlockScaling.")
         return found()
 
+    def build_recipe(self) -> Any:
+        """Transformer Engine's recipe, or None."""
+        return self.recipe_where(HAVE_TE)
+
     def autocast_where(self, have_te: bool) -> AbstractContextManager[Any]:
         """Transformer Engine's autocast with the recipe; without it a context that does nothing."""
         if not have_te:
             return nullcontext()
         quantization = importlib.import_module("transformer_engine.pytorch.quantization")
-        return quantization.autocast(enabled=True, recipe=self.recipe_where(have_te))
+        return quantization.autocast(enabled=True, recipe=self.build_recipe())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automodel_fn.ops._logits import lm_head_logits
+from automodel_fn.ops._logits import compute_dtype_of, lm_head_logits
 
 
 def causal_lm_output(
@@ -26,27 +26,32 @@ def causal_lm_output(
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    kept = hidden_states if lm_head is None else _kept(hidden_states, logits_to_keep)
-    if isinstance(lm_head, fsdp_module):
-        logits = _sharded_logits(lm_head, kept, fp32_lm_head=fp32_lm_head)
-    else:
-        precision = "fp32" if fp32_lm_head and lm_head is not None else None
-        dtype = None if precision is None else hidden_states.dtype
-        logits = lm_head_logits(lm_head, kept, precision=precision, logits_dtype=dtype).logits
+    logits = hidden_states
+    if lm_head is not None:
+        is_sharded = isinstance(lm_head, fsdp_module)
+        kept = _kept(hidden_states, logits_to_keep)
+        if fp32_lm_head:
+            logits = _in_fp32(lm_head, kept, is_sharded)
+        else:
+            dtype = _dtype_of_sharded(lm_head) if is_sharded else compute_dtype_of(lm_head)
+            logits = lm_head(kept if dtype is None else kept.to(dtype))
     made: Any = CausalLMOutputWithPast(logits=_with_batch(logits, is_thd))
     if output_hidden_states:
         made["hidden_states"] = _with_batch(hidden_states, is_thd)
     return made
 
 
-def _sharded_logits(lm_head: Any, kept: torch.Tensor, *, fp32_lm_head: bool) -> torch.Tensor:
+def _in_fp32(lm_head: nn.Module, kept: torch.Tensor, is_sharded: bool) -> torch.Tensor:
     """FSDP2 casts the input to its compute dtype, also where float32 was asked for."""
-    if fp32_lm_head:
+    if is_sharded or kept.dim() not in (2, 3) or not kept.is_floating_point():
         return lm_head(kept.float()).to(kept.dtype)
+    return lm_head_logits(lm_head, kept, precision="fp32", logits_dtype=kept.dtype).logits
+
+
+def _dtype_of_sharded(lm_head: Any) -> torch.dtype | None:
     dtype = lm_head._get_fsdp_state()._mp_policy.param_dtype
-    if dtype is None:
-        dtype = lm_head.weight.dtype
-    return lm_head(kept.to(dtype))
+    weight = getattr(lm_head, "weight", None)
+    return weight.dtype if dtype is None and isinstance(weight, torch.Tensor) else dtype
 
 
 def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -8,19 +8,21 @@ through `Module._apply`, the one public way that keeps FSDP2's own records right
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import attrs
 import torch
 from torch import nn
 
-from automodel_fn.cast._exchange import Exchange, converted, exchange
+from automodel_fn.cast._exchange import Exchange, converted, exchange, interrupts_deferred
 from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._tensors import NamedTensor, scan
 from automodel_fn.dtypes import dtype_name
 
 Rule = Callable[[NamedTensor], torch.dtype | None]
 """For a tensor the dtype that it shall have; None leaves it alone."""
+_New = tuple[torch.Tensor, torch.Tensor]
 
 
 @attrs.frozen
@@ -34,62 +36,66 @@ class _Change:
     def tensor(self) -> torch.Tensor:
         return self.item.tensor
 
+    @property
+    def with_grad(self) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in (self.tensor, self.tensor.grad) if t is not None)
+
 
 def retype(model: nn.Module, rule: Rule) -> None:
     """Give each floating-point tensor the dtype that `rule` says, and its gradient with it.
 
     Complex, integer and boolean tensors are left alone, whatever the rule says. Plain tensors
-    that are views of one storage follow the first of them that the rule leaves alone, if any.
+    that are views of one storage stay so: all are left alone if the rule leaves one of them alone,
+    otherwise all get the widest dtype that it says for any of them.
 
     Raises:
-        Exception: What a conversion raised, before anything was changed.
+        Exception: What a conversion raised; the model is as it was.
     """
     items = scan(model).tensors
+    wanted = _with_one_dtype_a_storage(items, [_wanted(item, rule) for item in items])
     changes = [
         _Change(item, dtype=dtype)
-        for item in items
-        if item.tensor.is_floating_point()
-        and (dtype := rule(item)) is not None
-        and dtype != item.tensor.dtype
+        for item, dtype in zip(items, wanted, strict=True)
+        if dtype is not None and dtype != item.tensor.dtype
     ]
-    changes = _without_torn(items, changes)
-    _dry_run(changes)
     plain = [change for change in changes if is_plain(change.tensor)]
-    exchange(list(_exchanges(plain)))
-    _apply_to_subclasses(model, [change for change in changes if not is_plain(change.tensor)])
+    special = [change for change in changes if not is_plain(change.tensor)]
+    _dry_run(plain)
+    with torch.no_grad():
+        new = [(old, old.to(c.dtype)) for c in special for old in c.with_grad]
+    _commit(model, list(_exchanges(plain)), new)
 
 
 def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
     """Give named tensors float32 data, wholly or not at all; unknown names are ignored.
+
+    Each gets memory of its own, as in the original; its gradient becomes float32 with it.
 
     Args:
         model: The model.
         data: By FQN, with wrappers or without, the values; plain tensors keep their identity.
     """
     holders = {name: item for item in scan(model).tensors for name in _spellings(item)}
-    wanted = {
-        id(holders[name].tensor): (holders[name], new)
-        for name, new in data.items()
-        if name in holders
-    }
+    known = [(holders[name].tensor, new) for name, new in data.items() if name in holders]
+    wanted = {id(tensor): (tensor, new) for tensor, new in known}
+    grads = [(tensor.grad, tensor.grad) for tensor, _ in known if tensor.grad is not None]
+    wanted |= {id(grad): (grad, new) for grad, new in grads if grad.dtype != torch.float32}
     plain = [
         Exchange(
-            item.names[0],
-            tensors=(item.tensor,),
+            "a restored tensor",
+            tensors=(tensor,),
             make=partial(_copied, new),
-            num_bytes=new.nbytes,
+            num_bytes=new.numel() * torch.float32.itemsize,
             can_finish=False,
         )
-        for item, new in wanted.values()
-        if is_plain(item.tensor)
+        for tensor, new in wanted.values()
+        if is_plain(tensor)
     ]
-    exchange(plain, keep_originals=True)
-    special = {key: new for key, (item, new) in wanted.items() if not is_plain(item.tensor)}
-    if special:
-        model._apply(lambda tensor: special.get(id(tensor), tensor))
+    special = [(tensor, *_copied(new)) for tensor, new in wanted.values() if not is_plain(tensor)]
+    _commit(model, plain, special)
 
 
-def _copied(new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _copied(new: torch.Tensor) -> tuple[torch.Tensor]:
     return (new.detach().to(torch.float32, copy=True),)
 
 
@@ -97,22 +103,26 @@ def _spellings(item: NamedTensor) -> Iterator[str]:
     yield from (*item.raw_names, *item.names)
 
 
-def _without_torn(items: Sequence[NamedTensor], changes: list[_Change]) -> list[_Change]:
-    """The changes without those that would give views of one storage several dtypes."""
-    wanted = {id(change.tensor): change.dtype for change in changes}
-    torn: set[int] = set()
+def _wanted(item: NamedTensor, rule: Rule) -> torch.dtype | None:
+    return rule(item) if item.tensor.is_floating_point() else None
+
+
+def _with_one_dtype_a_storage(
+    items: Sequence[NamedTensor], wanted: Sequence[torch.dtype | None]
+) -> list[torch.dtype | None]:
+    found = list(wanted)
     for group in storage_groups(items):
-        members = [items[index].tensor for index in group]
-        if len({wanted.get(id(tensor)) for tensor in members}) > 1:
-            torn.update(id(tensor) for tensor in members)
-    return [change for change in changes if id(change.tensor) not in torn]
+        dtypes = [dtype for index in group if (dtype := wanted[index]) is not None]
+        widest = {d for d in dtypes if d.itemsize == max(other.itemsize for other in dtypes)}
+        one = next(iter(widest)) if len(dtypes) == len(group) and len(widest) == 1 else None
+        for index in group:
+            found[index] = one
+    return found
 
 
 def _dry_run(changes: Sequence[_Change]) -> None:
     kinds = {(type(c.tensor), c.tensor.dtype, c.dtype, c.tensor.device): c for c in changes}
     for change in kinds.values():
-        if not is_plain(change.tensor):
-            continue
         try:
             change.tensor.detach().new_empty(1).to(change.dtype)
         except Exception as error:
@@ -146,16 +156,25 @@ def _exchange(name: str, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) 
     )
 
 
-def _apply_to_subclasses(model: nn.Module, changes: Sequence[_Change]) -> None:
-    if not changes:
+def _commit(model: nn.Module, plain: list[Exchange], new: Sequence[_New]) -> None:
+    """Exchange plain tensors, and give those of a subclass their new data; all or nothing."""
+    if not new:
+        exchange(plain)
         return
-    wanted = {id(change.tensor): change.dtype for change in changes}
-    for change in changes:
-        if change.tensor.grad is not None:
-            wanted[id(change.tensor.grad)] = change.dtype
+    # A parameter keeps its identity and takes other data; a buffer is another tensor then.
+    back = [(tensor, tensor.detach()) for tensor, _ in new]
+    back += [(made, tensor) for tensor, made in new]
+    with interrupts_deferred():
+        try:
+            _apply_data(model, new)
+            exchange(plain, keep_originals=True)
+        except BaseException:
+            # Stops where the first one stopped, if it did: what lies behind was not changed.
+            with suppress(Exception):
+                _apply_data(model, back)
+            raise
 
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        dtype = wanted.get(id(tensor))
-        return tensor if dtype is None else tensor.to(dtype)
 
-    model._apply(convert)
+def _apply_data(model: nn.Module, data: Sequence[_New]) -> None:
+    by_tensor = {id(tensor): new for tensor, new in data}
+    model._apply(lambda tensor: by_tensor.get(id(tensor), tensor))

@@ -41,6 +41,10 @@ HAVE_TE = _packages.HAVE_TE
 HAVE_UCCL_EP = _packages.HAVE_UCCL_EP
 logger = _packages.LOGGER
 
+# Not set here: the module reads and writes the step of the calling thread instead.
+IS_FIRST_MICROBATCH: bool | None
+IS_OPTIM_STEP: bool
+
 AttentionBackend = _backend.AttentionBackend
 CudaGraphConfig = _moe_configs.CudaGraphConfig
 Float32RMSNorm = _rms_norm.Float32RMSNorm
@@ -140,7 +144,7 @@ def cast_model_to_dtype(
     cast_model(
         model,
         dtype,
-        skip_modules,
+        skip_modules or (),
         _get_fp32_module_keywords(model),
         _get_strict_fp32_module_keywords(model),
         is_sharded=_has_dtensor_params(model),
@@ -203,10 +207,6 @@ def cast_frozen_modules_to_compute_dtype(
     """Cast frozen parts, and modules that mix frozen weights with adapters; None does nothing."""
     if compute_dtype is not None:
         cast_frozen(model, compute_dtype, _get_fp32_module_keywords(model))
-
-
-def __getattr__(name: str) -> Any:
-    return _flags.flag(name, __name__)
 
 
 sys.modules[__name__].__class__ = _flags.FlagModule

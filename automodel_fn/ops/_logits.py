@@ -20,6 +20,7 @@ from torch.utils import _pytree
 
 from automodel_fn.dtypes import dtype_name, parse_dtype
 from automodel_fn.errors import ConfigError
+from automodel_fn.ops._kept_positions import kept_positions
 
 _COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
@@ -102,7 +103,7 @@ def lm_head_logits(
     out_dtype = _demand_options(precision, logits_dtype)
     logits = hidden_states
     if lm_head is not None:
-        kept = _kept(hidden_states, logits_to_keep)
+        kept = kept_positions(hidden_states, logits_to_keep)
         logits = _in_fp32(lm_head, kept) if precision else _in_its_dtype(lm_head, kept)
         logits = logits if out_dtype is None else logits.to(out_dtype)
     hidden = _with_batch(hidden_states, is_thd) if output_hidden_states else None
@@ -150,51 +151,6 @@ def _demand_options(precision: object, logits_dtype: Any) -> torch.dtype | None:
 
 def _with_batch(tensor: Tensor, is_thd: bool) -> Tensor:
     return tensor.unsqueeze(0) if is_thd and tensor.dim() == 2 else tensor
-
-
-def _kept(hidden_states: Tensor, logits_to_keep: Any) -> Tensor:
-    if hidden_states.dim() not in (2, 3) or not hidden_states.is_floating_point():
-        raise ConfigError(
-            f"hidden_states of shape {tuple(hidden_states.shape)} and dtype {hidden_states.dtype} "
-            "must be [B, S, H] or [T, H], floating point."
-        )
-    length = hidden_states.shape[-2]
-    if isinstance(logits_to_keep, Tensor):
-        return _rows(hidden_states, _positions(logits_to_keep, length))
-    is_count = isinstance(logits_to_keep, int | torch.SymInt)
-    if not is_count or isinstance(logits_to_keep, bool) or not 0 <= logits_to_keep <= length:
-        raise ConfigError(
-            f"logits_to_keep={logits_to_keep!r} must be an int from 0 (all) to the {length} "
-            "positions that there are, or a 1-D integer tensor of positions."
-        )
-    # A DTensor that is sharded over the sequence cannot be sliced from end to end (aten.alias).
-    if logits_to_keep in (0, length):
-        return hidden_states
-    return _rows(hidden_states, slice(length - logits_to_keep, None))
-
-
-def _rows(hidden_states: Tensor, rows: Any) -> Tensor:
-    return hidden_states[rows] if hidden_states.dim() == 2 else hidden_states[:, rows]
-
-
-def _positions(index: Tensor, length: int) -> Tensor:
-    is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    if index.dim() != 1 or not is_integer:
-        raise ConfigError(
-            f"logits_to_keep of shape {tuple(index.shape)} and dtype {index.dtype} must be a "
-            "1-D tensor of integers: positions, not a mask."
-        )
-    # uint8 would be taken for a mask.
-    positions = index.long()
-    has_values = type(index) is Tensor and index.device.type == "cpu" and index.numel()
-    if has_values and not torch.compiler.is_compiling():
-        least, most = int(positions.min()), int(positions.max())
-        if least < 0 or most >= length:
-            raise ConfigError(
-                f"logits_to_keep names the positions {least} to {most}; "
-                f"there are {length}, counted from 0."
-            )
-    return positions
 
 
 def _fsdp_policy(lm_head: nn.Module) -> MixedPrecisionPolicy | None:
@@ -253,6 +209,6 @@ def _is_plain_linear(lm_head: nn.Module) -> bool:
 
 def _without_autocast(tensor: Tensor) -> Any:
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

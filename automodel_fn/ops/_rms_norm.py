@@ -58,8 +58,7 @@ def rms_norm_fp32(
         tensor([[0.8477, 1.1328]], dtype=torch.bfloat16)
     """
     _demand_fitting(x, weight, eps, weight_multiply)
-    # An exported program must not depend on an operator that this package registers.
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not _is_exporting():
         return _opaque(x, weight, eps, weight_multiply)
     return _normalized(x, weight, eps, weight_multiply)
 
@@ -103,6 +102,12 @@ def _demand_fitting(x: Tensor, weight: Tensor | None, eps: Any, weight_multiply:
         lines.append(f"weight has the dtype {weight.dtype}; it must be floating point")
     if lines:
         raise ConfigError(itemized("rms_norm_fp32 cannot be computed:", lines))
+
+
+def _is_exporting() -> bool:
+    # An exported program must not depend on an operator that this package registers. The flag, not
+    # torch.compiler.is_exporting: traced by torch 2.11, that is True in every compilation.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

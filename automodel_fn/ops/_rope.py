@@ -164,7 +164,8 @@ def _by_layer(found: dict[str, RopeConfig], get: Get) -> dict[str, RopeConfig]:
     if not values:
         return found
     kinds: Sequence[str] = get("layer_types") or [EVERY_LAYER] * len(values)
-    lines = _complaints_about_layers(name, values, kinds)
+    _refuse(name, _complaints_about_layers(name, values, kinds))
+    lines: list[str] = []
     layers: dict[str, dict[int, Any]] = {}
     for index, (kind, value) in enumerate(zip(kinds, values, strict=False)):
         layers.setdefault(kind, {})[index] = value
@@ -177,11 +178,15 @@ def _by_layer(found: dict[str, RopeConfig], get: Get) -> dict[str, RopeConfig]:
         elif base is not None and base.theta is not None:
             theta = thetas[0] if thetas and name == "layer_rope_theta" else base.theta
             by_type[kind] = _switched(base, theta, of_kind)
-    if lines:
-        raise ConfigError(itemized(f"config.{name} does not go by layer type:", lines))
+    _refuse(name, lines)
     if EVERY_LAYER in found and len(set(by_type.values())) == 1:
         return {EVERY_LAYER: next(iter(by_type.values()))}
     return by_type
+
+
+def _refuse(name: str, lines: Sequence[str]) -> None:
+    if lines:
+        raise ConfigError(itemized(f"config.{name} cannot be sorted by layer type:", lines))
 
 
 def _complaints_about_layers(name: str, values: Sequence[Any], kinds: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ A wrapped forward keeps its signature and passes every argument through as it ca
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,7 +19,7 @@ from automodel_fn.errors import PatchError
 from automodel_fn.step._context import StepContext
 from automodel_fn.te._classes import FIRST_MICROBATCH, takes_step
 from automodel_fn.te._shapes import SHAPE_RULES, ShapeRule
-from automodel_fn.te._unallocated import is_tensor_unallocated
+from automodel_fn.te._unallocated import is_tensor_abstract
 
 Forward = Callable[..., Any]
 StepReader = Callable[[], StepContext]
@@ -57,7 +58,10 @@ def with_step(forward: Forward, read_step: StepReader, name: str) -> Forward:
 
 
 def with_shape_rule(forward: Forward, rule: ShapeRule) -> Forward:
-    """A forward that answers an unallocated input by `rule` and does not run.
+    """A forward that answers an input without values by `rule` and does not run.
+
+    That is one that never had any (meta, fake); of one that was freed an answer would hide the
+    mistake.
 
     Args:
         forward: The unbound forward of a class; its first argument is the input.
@@ -68,7 +72,7 @@ def with_shape_rule(forward: Forward, rule: ShapeRule) -> Forward:
     @wraps(forward)
     def shaped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inp = args[0] if args else kwargs.get(first)
-        if isinstance(inp, torch.Tensor) and is_tensor_unallocated(inp):
+        if isinstance(inp, torch.Tensor) and is_tensor_abstract(inp):
             return rule(self, inp)
         return forward(self, *args, **kwargs)
 
@@ -95,8 +99,12 @@ def wrapped_forward(forward: Forward, field: str, read_step: StepReader, name: s
 
 def _position(forward: Forward, parameter: str) -> int | None:
     """Where among the positional arguments after self a parameter stands."""
-    names = list(inspect.signature(forward).parameters)
-    return names.index(parameter) - 1 if parameter in names else None
+    parameters = inspect.signature(forward).parameters
+    if parameter not in parameters:
+        return None
+    if parameters[parameter].kind is inspect.Parameter.KEYWORD_ONLY:
+        return sys.maxsize
+    return list(parameters).index(parameter) - 1
 
 
 def _described(forward: Forward) -> str:

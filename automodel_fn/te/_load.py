@@ -40,15 +40,20 @@ def load_te_classes() -> TEClasses:
 def _import() -> Any:
     try:
         return importlib.import_module(_MODULE)
-    except ModuleNotFoundError as error:
+    # What its shared libraries raise varies: a missing file, an undefined symbol, no driver.
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and _is_its_own(error.name):
+            raise BackendUnavailableError(
+                f"{_MODULE} cannot be imported ({error}); Transformer Engine needs a CUDA GPU and "
+                "pip install --no-build-isolation 'transformer-engine[pytorch]'."
+            ) from error
+        said = f"{type(error).__name__}: {error}".rstrip(". ")
         raise BackendUnavailableError(
-            f"{_MODULE} cannot be imported ({error}); Transformer Engine needs a CUDA GPU and "
-            "pip install --no-build-isolation 'transformer-engine[pytorch]'."
-        ) from error
-    except (AttributeError, ImportError, OSError, RuntimeError, AssertionError) as error:
-        # What its shared libraries raise varies: a missing file, an undefined symbol, no driver.
-        raise BackendUnavailableError(
-            f"{_MODULE} is installed but cannot be imported: {type(error).__name__}: {error}. "
+            f"Transformer Engine is installed, but {_MODULE} cannot be imported: {said}. "
             "Its extension must be built for this PyTorch and Python; where a symbol of cuDNN is "
             "undefined, put the folder of torch's own cuDNN first on LD_LIBRARY_PATH."
         ) from error
+
+
+def _is_its_own(module: str | None) -> bool:
+    return (module or _MODULE).partition(".")[0] == "transformer_engine"

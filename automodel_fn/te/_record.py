@@ -78,10 +78,12 @@ def release(cls: type[nn.Module], holder: object) -> None:
     patched.holders.discard(holder)
     if patched.holders:
         return
-    if patched.own_forward is not _ABSENT:
-        cls.forward = patched.own_forward
-    elif "forward" in cls.__dict__:
-        del cls.forward
+    # Not where ours is not there: the class refused it, or an interruption came before.
+    if _own_forward(cls) is patched.wrapped:
+        if patched.own_forward is _ABSENT:
+            del cls.forward
+        else:
+            cls.forward = patched.own_forward
     del _record[cls]
 
 

@@ -50,6 +50,8 @@ def _unwritten(
     like: torch.Tensor, shape: Iterable[int], dtype: torch.dtype, sources: Iterable[Any]
 ) -> torch.Tensor:
     tensors = [source for source in sources if isinstance(source, torch.Tensor)]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return like.new_empty(tuple(shape), dtype=dtype)
     unwritten: Any = _Unwritten.apply
     return unwritten(like.detach(), tuple(shape), dtype, *tensors)
 
@@ -114,14 +116,12 @@ def _with_extras(
     """The output, and what is returned beside it; the norm's may be gathered from `times` ranks."""
     dtype = activation_dtype(inp.dtype)
     named = dict(module.named_parameters(recurse=False))
-    biases = [p for name, p in named.items() if _is_output_bias(name, named)]
     returns_bias = bool(getattr(module, "return_bias", False))
-    # Compared by identity: a tensor's == is elementwise.
-    apart = {id(bias) for bias in biases} if returns_bias else set[int]()
-    sources = [inp, *(p for p in named.values() if id(p) not in apart)]
+    biases = {name: p for name, p in named.items() if _is_output_bias(name, named)}
+    sources = [inp, *(p for name, p in named.items() if not (returns_bias and name in biases))]
     outputs = [_unwritten(inp, shape, dtype, sources)]
     if returns_bias:
-        outputs.append(_returned_bias(inp, dtype, biases) if biases else no_bias)
+        outputs.append(_returned_bias(inp, dtype, [*biases.values()]) if biases else no_bias)
     if getattr(module, "return_layernorm_output", False):
         is_gathered = getattr(module, "return_layernorm_output_gathered", False) and inp.dim()
         gathered = (inp.shape[0] * times, *inp.shape[1:]) if is_gathered else inp.shape

@@ -19,6 +19,7 @@ from automodel_fn.testing._laws_ops import (
     check_rms_norm,
     check_rope_config,
 )
+from automodel_fn.testing._laws_patch import check_patch_passes_step, check_patch_reversible
 from automodel_fn.testing._laws_plan import check_plan_is_pure
 from automodel_fn.testing._laws_resolve import check_resolve
 from automodel_fn.testing._laws_step import StepScopeMachine
@@ -45,6 +46,8 @@ __all__ = [
     "check_frozen_plan",
     "check_inverse",
     "check_lm_head_logits",
+    "check_patch_passes_step",
+    "check_patch_reversible",
     "check_plan_is_pure",
     "check_resolve",
     "check_rms_norm",

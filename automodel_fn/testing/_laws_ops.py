@@ -137,13 +137,14 @@ def check_lm_head_logits(
     unit, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
     slack = (kept.shape[-1] + 3) * unit * (size + 2 * least)
     _demand_between("a logit", output.logits, (exact - slack).to(dtype), (exact + slack).to(dtype))
-    if lm_head.weight.requires_grad:
-        _demand_gradient(lm_head, output.logits, kept, torch.finfo(dtype).eps)
     complaints = list(values_differ(facts_of(lm_head), before))
     demand(not complaints, f"lm_head_logits changed the head: {complaints}")
+    if lm_head.weight.requires_grad:
+        _demand_gradient(lm_head, output.logits, kept, torch.finfo(dtype).eps)
 
 
 def _demand_gradient(lm_head: nn.Linear, logits: Tensor, kept: Tensor, unit: float) -> None:
+    demand(logits.requires_grad, "no gradient reaches the weight of the head")
     (found,) = torch.autograd.grad(logits.sum(), lm_head.weight)
     stored = lm_head.weight.dtype
     demand(found.dtype == stored, f"the gradient of the weight is {found.dtype}, not {stored}")

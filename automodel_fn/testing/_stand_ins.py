@@ -21,7 +21,7 @@ from automodel_fn.testing._stand_ins_norm import (
 def te_stand_ins() -> TEClasses:
     """New classes that behave as those of Transformer Engine, in what a patch of them can see.
 
-    Each module counts in `num_quantizations` how often it quantized its weight.
+    Each module counts in `num_quantizations` how often eager code quantized a weight of it.
 
     Source:
         Transformer Engine 2.20, `transformer_engine/pytorch/module` and `transformer.py`.

@@ -25,7 +25,8 @@ class Quantizing(nn.Module):
         weight = getattr(self, name)
         rounded = self._kept.get(name) if is_first_microbatch is False else None
         if rounded is None:
-            self.num_quantizations += 1
+            # Not where it is compiled: there it would be a constant, and compiled anew each time.
+            self.num_quantizations += not torch.compiler.is_compiling()
             rounded = weight.detach().to(torch.float8_e4m3fn).to(weight.dtype)
         if is_first_microbatch is not None:
             self._kept[name] = rounded
@@ -41,10 +42,19 @@ class Quantizing(nn.Module):
         """The bias to give back to the caller; None where there is none."""
         return getattr(self, name).to(dtype) if self.use_bias else None
 
-    def adopt(self, made: nn.Linear, weight: str, bias: str) -> None:
-        """Take the parameters of a linear layer; a bias that is none is an empty tensor."""
-        setattr(self, weight, made.weight)
-        setattr(self, bias, made.bias if self.use_bias else made.weight.detach().new_empty(0))
+    def add_linear(
+        self,
+        weight: str,
+        bias: str,
+        sizes: tuple[int, int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add a weight `[out, in]` and a bias, both unfilled; one that is none is empty."""
+        setattr(self, weight, nn.Parameter(torch.empty(sizes, dtype=dtype, device=device)))
+        size = sizes[0] if self.use_bias else 0
+        made = torch.empty(size, dtype=dtype, device=device)
+        setattr(self, bias, nn.Parameter(made) if self.use_bias else made)
 
     def reset_parameters(self) -> None:
         """As Transformer Engine does: normal weights, and biases of 0."""
@@ -82,10 +92,9 @@ def linear_stand_in() -> type[Any]:
         ) -> None:
             super().__init__(bias, return_bias)
             self.in_features, self.out_features = in_features, out_features
-            made = nn.Linear(in_features, out_features, bias, device, params_dtype)
-            self.adopt(made, "weight", "bias")
-            if made.weight.device.type != "meta":
-                self.reset_parameters()
+            sizes = out_features, in_features
+            self.add_linear("weight", "bias", sizes, params_dtype, device)
+            self.reset_parameters()
 
         def forward(
             self,
@@ -117,8 +126,9 @@ def grouped_linear_stand_in() -> type[Any]:
             super().__init__(bias, return_bias)
             self.num_gemms, self.out_features = num_gemms, out_features
             for index in range(num_gemms):
-                made = nn.Linear(in_features, out_features, bias)
-                self.adopt(made, f"weight{index}", f"bias{index}")
+                sizes = out_features, in_features
+                self.add_linear(f"weight{index}", f"bias{index}", sizes)
+            self.reset_parameters()
 
         def forward(
             self,

@@ -19,8 +19,8 @@ class _Normed(Quantizing):
     ) -> None:
         super().__init__(bias, return_bias)
         self.return_layernorm_output = return_layernorm_output
-        self.layer_norm_weight = nn.Parameter(torch.ones(size))
-        self.layer_norm_bias = nn.Parameter(torch.zeros(size))
+        self.layer_norm_weight = nn.Parameter(torch.empty(size))
+        self.layer_norm_bias = nn.Parameter(torch.empty(size))
 
     def normed(self, inp: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight, bias = self.layer_norm_weight.to(dtype), self.layer_norm_bias.to(dtype)
@@ -46,7 +46,8 @@ def layer_norm_linear_stand_in() -> type[Any]:
         ) -> None:
             super().__init__(in_features, bias, return_bias, return_layernorm_output)
             self.in_features, self.out_features = in_features, out_features
-            self.adopt(nn.Linear(in_features, out_features, bias), "weight", "bias")
+            self.add_linear("weight", "bias", (out_features, in_features))
+            self.reset_parameters()
 
         def forward(
             self,
@@ -78,8 +79,9 @@ def layer_norm_mlp_stand_in() -> type[Any]:
         ) -> None:
             super().__init__(hidden_size, bias, return_bias, return_layernorm_output)
             self.hidden_size = hidden_size
-            self.adopt(nn.Linear(hidden_size, ffn_hidden_size, bias), "fc1_weight", "fc1_bias")
-            self.adopt(nn.Linear(ffn_hidden_size, hidden_size, bias), "fc2_weight", "fc2_bias")
+            self.add_linear("fc1_weight", "fc1_bias", (ffn_hidden_size, hidden_size))
+            self.add_linear("fc2_weight", "fc2_bias", (hidden_size, ffn_hidden_size))
+            self.reset_parameters()
 
         def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
             dtype = activation_dtype(inp)

@@ -3,8 +3,10 @@ import itertools
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from automodel_fn import current_step, step_context
+from automodel_fn.te._forward import with_shape_rule
 from automodel_fn.te._patch import patch_classes
 
 OPTIONS = {
@@ -131,15 +133,11 @@ def test_a_norm_returns_the_dtype_of_its_weight(patched, made, called, example, 
         assert called(module, field, inp.to("meta")).dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4)])
 @pytest.mark.parametrize("field", ["linear", "layer_norm_linear", "layer_norm_mlp", "rms_norm"])
 def test_any_number_of_leading_dimensions_is_right(patched, made, field, shape):
     options = LAYER_NORM_OUTPUT if field.startswith("layer_norm_") else {}
     module = made(patched, field, **options)
-    if 0 in shape and field != "rms_norm":
-        module.register_parameter("unused", None)
-        assert described(module(torch.ones(shape, device="meta")))
-        return
     assert described(module(torch.ones(shape, device="meta"))) == described(
         module(torch.ones(shape))
     )
@@ -157,20 +155,19 @@ def parallel(module, **attributes):
 @pytest.mark.parametrize(
     ("mode", "sequence_parallel", "rows"),
     [
-        ("column", True, 6),
-        ("row", True, 1.5),
-        ("column", False, 3),
-        ("row", False, 3),
-        (None, True, 3),
+        ("column", True, 8),
+        ("row", True, 2),
+        ("column", False, 4),
+        ("row", False, 4),
+        (None, True, 4),
     ],
 )
 def test_sequence_parallel_linears_gather_or_scatter_the_first_dimension(
     patched, made, mode, sequence_parallel, rows
 ):
-    settings = {"parallel_mode": mode, "sequence_parallel": sequence_parallel, "tp_size": 2}
-    linear = parallel(made(patched, "linear"), **settings)
-    out = linear(torch.ones(4, 2, 4, device="meta"))
-    assert out.shape == (int(4 * rows / 3), 2, 6)
+    linear = made(patched, "linear")
+    parallel(linear, parallel_mode=mode, sequence_parallel=sequence_parallel, tp_size=2)
+    assert linear(torch.ones(4, 3, 4, device="meta")).shape == (rows, 3, 6)
 
 
 @pytest.mark.parametrize("is_gathered", [False, True])
@@ -300,33 +297,17 @@ def test_the_values_of_a_real_input_are_computed(classes, made, called, example,
         assert torch.equal(called(module, field, example(field)), plain)
 
 
-@fields
-def test_what_was_freed_is_not_taken_for_shape_inference(classes, made, called, example, field):
+def test_what_was_freed_is_not_taken_for_shape_inference():
     # Its values are gone; an answer with memory and without values would hide that.
-    ran = []
-    cls = getattr(classes, field)
-    forward = cls.forward
-
-    def watched(self, *args, **kwargs):
-        ran.append(field)
-        return forward(self, *args, **kwargs)
-
-    watched.__signature__ = __import__("inspect").signature(forward)
-    cls.forward = watched
-    inp = example(field)
+    inp = torch.ones(2)
     inp.untyped_storage().resize_(0)
-    module = made(classes, field)
-    cls.forward = watched
-    with patch_classes(classes, current_step), pytest.raises(Exception, match=r".*"):
-        called(module, field, inp)
-        raise AssertionError(f"{ran}")
-    assert ran == [field]
+    shaped = with_shape_rule(lambda self, inp: "ran", lambda module, inp: "inferred")
+    assert shaped(None, inp) == "ran"
+    assert shaped(None, torch.ones(2, device="meta")) == "inferred"
 
 
 @fields
-def test_shape_inference_quantizes_nothing_and_keeps_nothing(
-    patched, made, called, example, field
-):
+def test_shape_inference_quantizes_nothing_and_keeps_nothing(patched, made, called, example, field):
     module = made(patched, field)
     with step_context(first_microbatch=True):
         called(module, field, example(field, "meta"))
@@ -334,14 +315,39 @@ def test_shape_inference_quantizes_nothing_and_keeps_nothing(
     assert not getattr(module, "_kept", {})
 
 
+# Dynamo makes an instance of each autograd function that it traces, and is told off for it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("requires_grad", [False, True])
 @fields
 def test_compiled_shape_inference_is_the_same(
-    patched, made, called, example, field, compiled_forward
+    patched, made, called, example, field, compiled_forward, requires_grad
 ):
-    module = made(patched, field)
-    inp = example(field, "meta", requires_grad=True)
+    module = made(patched, field).requires_grad_(requires_grad)
+    inp = example(field, "meta", requires_grad=requires_grad)
     compiled = compiled_forward(lambda x: called(module, field, x), backend="eager")
     assert described(compiled(inp)) == described(called(module, field, inp))
+
+
+@pytest.mark.parametrize("field", ["linear", "grouped_linear", "layer_norm_mlp", "rms_norm"])
+def test_an_empty_batch_has_an_empty_output(patched, made, field):
+    inputs = (torch.zeros(2, dtype=torch.int64),) if field == "grouped_linear" else ()
+    out = made(patched, field)(torch.ones(0, 4, device="meta"), *inputs)
+    assert out.shape == (0, 4 if field in ("layer_norm_mlp", "rms_norm") else 6)
+
+
+def test_a_pipeline_stage_of_patched_modules_runs(patched, made, tmp_path):
+    # torch 2.11 infers the shapes of a stage on meta, 2.13 on tensors of its device.
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(made(patched, "rms_norm"), made(patched, "linear"))
+        stage = PipelineStage(model, 0, 1, torch.device("cpu"))
+        schedule = ScheduleGPipe(stage, 2, loss_fn=lambda out, target: (out - target).sum())
+        out = schedule.step(torch.ones(4, 4), target=torch.ones(4, 6))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert out.shape == (4, 6)
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_composite_modules_infer_shapes_through_their_parts(patched, made, called, example):
