@@ -14,6 +14,7 @@ from functools import partial
 import attrs
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from automodel_fn.cast._exchange import Exchange, converted, exchange, interrupts_deferred
 from automodel_fn.cast._rules import is_plain, storage_groups
@@ -39,6 +40,13 @@ class _Change:
     @property
     def with_grad(self) -> tuple[torch.Tensor, ...]:
         return tuple(t for t in (self.tensor, self.tensor.grad) if t is not None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 take back what it gathered for a forward, so that the shards are what is seen."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def retype(model: nn.Module, rule: Rule) -> None:

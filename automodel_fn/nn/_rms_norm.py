@@ -15,7 +15,7 @@ class Float32RMSNorm(nn.Module):
 
     Args:
         dim: H, the size of the last dimension.
-        eps: Added to the mean of the squares; greater than 0.
+        eps: Added to the mean of the squares; at least 0.
         device: Where the weight is made; "meta" works too.
         dtype: The dtype in which the weight is stored.
         weight_multiply: "fp32" (NeMo Automodel, Transformer Engine) or "input" (Hugging Face).

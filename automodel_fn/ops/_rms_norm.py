@@ -37,7 +37,7 @@ def rms_norm_fp32(
     Args:
         x: `[..., H]`, floating point.
         weight: `[H]`, floating point, of any dtype; None multiplies by nothing.
-        eps: Added to the mean of the squares; greater than 0.
+        eps: Added to the mean of the squares, at least 0; with 0 a row of zeros becomes NaN.
         weight_multiply: "fp32" multiplies in float32 and rounds once, to the dtype of `x`, as NeMo
             Automodel and Transformer Engine do. "input" rounds the normalised value to the dtype of
             `x` and multiplies then, as Hugging Face's LlamaRMSNorm does.
@@ -76,14 +76,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def complaints_about_options(eps: Any, weight_multiply: Any) -> list[str]:
-    """What is wrong with the options of a norm, a line each.
-
-    A norm with eps=0 makes NaN of a row of zeros, such as a padded position: it is refused.
-    """
+    """What is wrong with the options of a norm, a line each."""
     lines: list[str] = []
     is_number = isinstance(eps, int | float) and not isinstance(eps, bool)
-    if not is_number or not 0 < eps < math.inf:
-        lines.append(f"eps={eps!r} must be a finite number greater than 0, such as 1e-5")
+    if not is_number or not 0 <= eps < math.inf:
+        lines.append(f"eps={eps!r} must be a finite number of at least 0, such as 1e-5")
     if weight_multiply not in _WEIGHT_MULTIPLIES:
         lines.append(f"weight_multiply={weight_multiply!r} must be 'fp32' or 'input'")
     return lines

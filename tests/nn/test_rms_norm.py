@@ -62,7 +62,7 @@ def test_its_repr_says_its_options():
         ({"dim": 0}, "dim=0"),
         ({"dim": True}, "dim=True"),
         ({"dim": (8,)}, "dim="),
-        ({"dim": 8, "eps": 0.0}, r"eps=0\.0"),
+        ({"dim": 8, "eps": -0.5}, r"eps=-0\.5"),
         ({"dim": 8, "dtype": "int8"}, r"dtype=torch\.int8"),
         ({"dim": 8, "dtype": "nonsense"}, "dtype='nonsense'"),
         ({"dim": 8, "weight_multiply": "late"}, "weight_multiply='late'"),

@@ -180,7 +180,7 @@ def test_it_can_be_mapped_and_differentiated_by_torch_func(weight_multiply):
     assert slope.shape == x.shape
 
 
-@pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan"), float("inf"), None, "1e-5", True])
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf"), None, "1e-5", True])
 def test_an_eps_that_is_no_positive_number_is_an_error(eps):
     with pytest.raises(ConfigError, match="eps="):
         rms_norm_fp32(torch.ones(2), None, eps)
@@ -207,3 +207,11 @@ def test_all_that_is_wrong_is_said_at_once():
         rms_norm_fp32(torch.ones(2).int(), torch.ones(3), -1.0, weight_multiply="bf16")
     text = str(caught.value)
     assert all(part in text for part in ("eps=-1.0", "weight_multiply='bf16'", "int32", "(3,)"))
+
+
+def test_with_eps_zero_a_row_of_zeros_is_nan_and_every_other_is_not():
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+
+    found = rms_norm_fp32(x, None, 0)
+
+    assert found.isnan().tolist() == [[True, True], [False, False]]
