@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ def environment_report(benchmark: Benchmark, device: str) -> dict[str, Any]:
 
 def _load_problem(subject: Subject) -> str:
     try:
-        subject.load()
+        with warnings.catch_warnings():
+            # What a peer's import warns of is no concern of who measures it.
+            warnings.simplefilter("ignore")
+            subject.load()
     except ImportError as error:
         return f"it cannot be imported: {error}; install {subject.package}."
     return ""

@@ -24,7 +24,7 @@ def rms_norm(
 
     Args:
         dim: Size of the last dimension.
-        eps: Added to the mean square; greater than 0.
+        eps: Added to the mean square; at least 0.
         backend: "torch_fp32" (`Float32RMSNorm`: computed in fp32, rounded once), "torch"
             (`torch.nn.RMSNorm`), or "te" (Transformer Engine's `RMSNorm`, which also infers
             shapes without memory).
@@ -37,7 +37,7 @@ def rms_norm(
 
     Raises:
         ConfigError: An unknown backend, a dim that is not a positive int, an eps that is not
-            finite and greater than 0, not a dtype that a weight can have; all that is wrong is
+            finite and at least 0, not a dtype that a weight can have; all that is wrong is
             listed.
         BackendUnavailableError: Transformer Engine cannot be imported here.
 
