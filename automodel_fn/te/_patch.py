@@ -95,6 +95,9 @@ def patch_te() -> PatchHandle:
 
     Each call has its own handle; the classes are wrapped once, and unwrapped with the last handle.
 
+    The weights are not looked at: one that changes between the first microbatch and a later one is
+    used as it was, until the next first one.
+
     Returns:
         A PatchHandle: a context manager, with `remove()`.
 

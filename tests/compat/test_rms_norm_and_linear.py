@@ -116,9 +116,7 @@ def test_float64_is_computed_in_float64_where_the_original_rounds_it(original, u
     assert float((ours - exact).abs().max()) < 1e-14 < float((theirs - exact).abs().max())
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"dim": [4]}, {"dim": 0}, {"dim": 4, "eps": 0.0}, {"dim": 4, "eps": -1.0}]
-)
+@pytest.mark.parametrize("arguments", [{"dim": [4]}, {"dim": 0}, {"dim": 4, "eps": -1.0}])
 def test_a_norm_that_cannot_be_meant_is_refused(arguments, original):
     original.Float32RMSNorm(**arguments)
     with pytest.raises(ConfigError, match="Float32RMSNorm cannot be made"):
