@@ -9,6 +9,7 @@ import torch.distributed as dist
 START = """
 import sys, warnings
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "`torch.jit.script_method`", DeprecationWarning)
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
