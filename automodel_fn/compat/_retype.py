@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from automodel_fn.cast._exchange import Exchange, converted, exchange, interrupts_deferred
+from automodel_fn.cast._conversions import Conversion, dry_run
+from automodel_fn.cast._exchange import Exchange, exchange, interrupts_deferred
 from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._tensors import NamedTensor, scan
-from automodel_fn.dtypes import dtype_name
 
 Rule = Callable[[NamedTensor], torch.dtype | None]
 """For a tensor the dtype that it shall have; None leaves it alone."""
@@ -68,10 +68,11 @@ def retype(model: nn.Module, rule: Rule) -> None:
     ]
     plain = [change for change in changes if is_plain(change.tensor)]
     special = [change for change in changes if not is_plain(change.tensor)]
-    _dry_run(plain)
+    conversions = tuple(_conversions(plain))
+    dry_run(conversions)
     with torch.no_grad():
         new = [(old, old.to(c.dtype)) for c in special for old in c.with_grad]
-    _commit(model, list(_exchanges(plain)), new)
+    _commit(model, [conversion.exchange() for conversion in conversions], new)
 
 
 def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
@@ -128,39 +129,28 @@ def _with_one_dtype_a_storage(
     return found
 
 
-def _dry_run(changes: Sequence[_Change]) -> None:
-    kinds = {(type(c.tensor), c.tensor.dtype, c.dtype, c.tensor.device): c for c in changes}
-    for change in kinds.values():
-        try:
-            change.tensor.detach().new_empty(1).to(change.dtype)
-        except Exception as error:
-            error.add_note(
-                f"while trying one element, {dtype_name(change.tensor.dtype)} to "
-                f"{dtype_name(change.dtype)}; the model was not changed."
-            )
-            raise
-
-
-def _exchanges(changes: Sequence[_Change]) -> Iterator[Exchange]:
+def _conversions(changes: Sequence[_Change]) -> Iterator[Conversion]:
     items = [change.item for change in changes]
     groups = {index: group for group in storage_groups(items) for index in group}
     for index, change in enumerate(changes):
         group = groups.get(index, [index])
         if index == group[0]:
             tensors = tuple(items[member].tensor for member in group)
-            yield _exchange(change.item.names[0], tensors, change.dtype)
+            yield _conversion(change, "", tensors)
         grad = change.tensor.grad
         if grad is not None and is_plain(grad) and grad.dtype != change.dtype:
-            yield _exchange(f"{change.item.names[0]}.grad", (grad,), change.dtype)
+            yield _conversion(change, ".grad", (grad,))
 
 
-def _exchange(name: str, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Exchange:
-    return Exchange(
-        name,
+def _conversion(change: _Change, suffix: str, tensors: tuple[torch.Tensor, ...]) -> Conversion:
+    name = change.item.names[0]
+    return Conversion(
+        name + suffix,
+        owner=name,
         tensors=tensors,
-        make=partial(converted, tensors, dtype),
-        num_bytes=sum(tensor.numel() for tensor in tensors) * dtype.itemsize,
-        can_finish=dtype.itemsize <= tensors[0].dtype.itemsize,
+        from_dtype=tensors[0].dtype,
+        to_dtype=change.dtype,
+        is_weight=not suffix,
     )
 
 
