@@ -358,3 +358,15 @@ def test_the_composite_modules_infer_shapes_through_their_parts(patched, made, c
         assert described(out) == (tuple(inp.shape), inp.dtype, True)
         out.sum().backward()
         assert inp.grad.is_meta
+
+
+@fields
+def test_an_input_given_by_its_name_is_answered_too(patched, made, example, field):
+    module = made(patched, field)
+    name = "input" if "norm" in field.split("_")[-1] else "inp"
+    more = {"m_splits": torch.tensor([2, 3])} if field == "grouped_linear" else {}
+
+    found = module(**{name: example(field, "meta")}, **more)
+
+    assert described(found) == described(module(**{name: example(field)}, **more))
+    assert found.is_meta
