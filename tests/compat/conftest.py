@@ -2,7 +2,6 @@ import importlib
 import importlib.metadata
 import logging
 import os
-import subprocess
 import sys
 import types
 import warnings
@@ -154,53 +153,6 @@ def transformer_engine(monkeypatch):
         recipe=made[".common.recipe"],
         quantization=made[".pytorch.quantization"],
     )
-
-
-START = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-"""
-# A process that has run FSDP2 may abort in its own end, in threads of gloo: it is not part of this.
-END = """
-dist.barrier()
-dist.destroy_process_group()
-print("done", flush=True)
-import os
-os._exit(0)
-"""
-
-
-@pytest.fixture
-def on_two_ranks(tmp_path):
-    def run(source):
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", START + source + END, str(rank), str(tmp_path / "store")],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
-            said = [process.communicate(timeout=240) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        for process, (out, err) in zip(running, said, strict=True):
-            assert process.returncode == 0, err
-            assert out == "done\n"
-
-    return run
 
 
 @pytest.fixture

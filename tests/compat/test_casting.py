@@ -479,3 +479,26 @@ def test_an_optimizer_goes_on_after_a_cast_with_gradients(original):
     assert stepped(nemo) == [FP32, FP32, BF16, BF16]
     with pytest.raises(RuntimeError, match="dtype"):
         stepped(original)
+
+
+def test_a_frozen_cast_takes_the_trainable_adapters_of_a_mixed_module_along(module):
+    mixed = torch.nn.Linear(4, 4)
+    mixed.weight.requires_grad_(False)
+    mixed.adapter = torch.nn.Linear(4, 2)
+    model = torch.nn.ModuleDict({"mixed": mixed, "head": torch.nn.Linear(4, 2)})
+
+    module.cast_frozen_modules_to_compute_dtype(model, torch.bfloat16)
+
+    assert {p.dtype for p in mixed.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model["head"].parameters()} == {torch.float32}
+
+
+def test_a_keyword_may_name_a_wrapper(module):
+    model = torch.nn.Module()
+    model._orig_mod, model.other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model._keep_in_fp32_modules = ["_orig_mod"]
+
+    module.cast_model_to_dtype(model)
+
+    assert model._orig_mod.weight.dtype == torch.float32
+    assert model.other.weight.dtype == torch.bfloat16

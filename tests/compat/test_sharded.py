@@ -1,7 +1,12 @@
 import pytest
 
 SOURCE = """
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from automodel_fn.compat import nemo
+
+# The original warns of much when it is imported, and FSDP2 when it is used.
+warnings.simplefilter("ignore")
 
 if {is_original}:
     import nemo_automodel.components.models.common.utils as nemo

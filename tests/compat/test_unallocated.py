@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -67,12 +66,9 @@ def test_a_tensor_inside_a_transform_is_allocated_and_was_not(transform, origina
     assert seen == [True, False]
 
 
+@pytest.mark.usefixtures("gloo")
 def test_a_dtensor_is_allocated_and_was_not(original):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
-        assert original.is_tensor_unallocated(sharded)
-        assert not nemo.is_tensor_unallocated(sharded)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
+    assert original.is_tensor_unallocated(sharded)
+    assert not nemo.is_tensor_unallocated(sharded)

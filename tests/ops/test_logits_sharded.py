@@ -94,6 +94,7 @@ def test_a_head_in_the_group_of_its_model_computes_in_fp32_too(gloo):
 
 
 SOURCE = """
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from automodel_fn import lm_head_logits

@@ -80,3 +80,14 @@ def test_an_exported_program_needs_no_operator_of_this_package(strict):
     assert not any("automodel_fn" in target for target in targets)
     x = torch.randn(2, 4)
     assert torch.equal(program.module()(x), Float32RMSNorm(4)(x))
+
+
+def test_compiled_the_gradient_of_the_weight_is_of_what_the_forward_multiplied():
+    torch._dynamo.reset()
+    x, weight = torch.randn(1, 64).bfloat16(), torch.ones(64, requires_grad=True)
+    compiled = torch.compile(rms_norm_fp32, fullgraph=True, backend="aot_eager")
+
+    compiled(x, weight, 1e-5, weight_multiply="input").sum().backward()
+
+    # One row and a gradient of ones show it, bit by bit.
+    assert torch.equal(weight.grad, rms_norm_fp32(x, None, 1e-5)[0].float())

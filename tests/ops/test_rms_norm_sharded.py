@@ -1,6 +1,7 @@
 import pytest
 
 SOURCE = """
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from automodel_fn import rms_norm_fp32
 
 x, weight = torch.randn(4, 6, 8), torch.randn(8)

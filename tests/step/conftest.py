@@ -2,7 +2,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from automodel_fn import current_step
 
@@ -33,12 +32,3 @@ def in_thread():
             return new_thread.submit(function, *args).result()
 
     return run
-
-
-@pytest.fixture
-def gloo():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""What several areas' tests need: process groups of one rank, and of two."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+START = """
+import os, sys, warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "`torch.jit.script_method`", DeprecationWarning)
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+"""
+# A process may abort in its own end, in threads of gloo: that is not part of a test.
+END = """
+dist.barrier()
+dist.destroy_process_group()
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def gloo():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """Runs source in two processes that have `rank`, `mesh`, `torch` and `dist`."""
+
+    def run(source):
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", START + source + END, str(rank), str(tmp_path / "store")],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=240) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        for process, (out, err) in zip(running, said, strict=True):
+            assert process.returncode == 0, err
+            assert out == "done\n"
+
+    return run
