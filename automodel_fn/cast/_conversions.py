@@ -2,79 +2,192 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import attrs
 import torch
 from torch.optim import Optimizer
 
-from automodel_fn.cast._exchange import Exchange, converted
+from automodel_fn.cast._exchange import Exchange, converted, converted_views
 from automodel_fn.cast._plan import TensorCast
-from automodel_fn.cast._rules import storage_groups
-from automodel_fn.cast._tensors import ModelScan
+from automodel_fn.cast._tensors import ModelScan, NamedTensor
 from automodel_fn.dtypes import dtype_name, is_wider
+
+_MIN_PARTS = 128
+"""Into how many parts a model is divided at least, where its tensors are smaller than that."""
 
 
 @attrs.frozen
 class Conversion:
-    """A dtype change of one storage: weights, a gradient, or optimizer state.
+    """A dtype change of tensors: of weights, or of gradients and optimizer state.
 
     Args:
-        name: What it is, for messages.
-        owner: Canonical FQN of the weight that it is of or belongs to.
-        tensors: The tensor, or all tensors that are views of the storage.
+        names: For each tensor what it is, for messages.
+        owners: For each the canonical FQN of the weight that it is, or belongs to.
+        tensors: The tensors, on one device.
         from_dtype: Their dtype before.
         to_dtype: Their dtype afterwards.
-        is_weight: Whether it is a parameter or buffer, not something that belongs to one.
+        is_weight: Whether they are parameters or buffers, not what belongs to one.
+        is_one_storage: Whether they are views of one storage, and stay so.
     """
 
-    name: str
-    owner: str = attrs.field(kw_only=True)
+    names: tuple[str, ...]
+    owners: tuple[str, ...] = attrs.field(kw_only=True)
     tensors: tuple[torch.Tensor, ...] = attrs.field(kw_only=True, eq=False, repr=False)
     from_dtype: torch.dtype = attrs.field(kw_only=True)
     to_dtype: torch.dtype = attrs.field(kw_only=True)
     is_weight: bool = attrs.field(kw_only=True)
+    is_one_storage: bool = attrs.field(default=False, kw_only=True)
+
+    def made(self) -> tuple[torch.Tensor, ...]:
+        """The tensors in their new dtype."""
+        return self.made_of(self.tensors)
+
+    def made_of(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What the conversion makes of tensors like its own."""
+        convert = converted_views if self.is_one_storage else converted
+        return convert(tensors, self.to_dtype)
+
+    def parts(self) -> tuple[Conversion, ...]:
+        """The same, one storage at a time."""
+        if self.is_one_storage:
+            return (self,)
+        return tuple(
+            attrs.evolve(self, names=(name,), owners=(owner,), tensors=(tensor,))
+            for name, owner, tensor in zip(self.names, self.owners, self.tensors, strict=True)
+        )
 
     def exchange(self) -> Exchange:
         """The exchange that carries it out."""
-        numel = sum(tensor.numel() for tensor in self.tensors)
+        num_bytes = sum(tensor.nbytes for tensor in self.tensors)
         return Exchange(
-            self.name,
+            self.names,
             tensors=self.tensors,
-            make=lambda: converted(self.tensors, self.to_dtype),
-            num_bytes=numel * self.to_dtype.itemsize,
+            make=self.made,
+            num_bytes=num_bytes // self.from_dtype.itemsize * self.to_dtype.itemsize,
             can_finish=not is_wider(self.to_dtype, self.from_dtype),
+            parts=lambda: tuple(part.exchange() for part in self.parts()),
         )
 
 
+def each_with_data(
+    conversions: Sequence[Conversion], data: Sequence[tuple[torch.Tensor, ...]]
+) -> Iterator[tuple[Conversion, tuple[torch.Tensor, ...]]]:
+    """Conversions of one storage each, with the data that a run of them all gave for it."""
+    for conversion, tensors in zip(conversions, data, strict=True):
+        if conversion.is_one_storage:
+            yield conversion, tensors
+        else:
+            yield from zip(conversion.parts(), ((tensor,) for tensor in tensors), strict=True)
+
+
 def conversions_of(
-    entries: Sequence[TensorCast], model_scan: ModelScan, optimizers: Sequence[Optimizer] = ()
-) -> Iterator[Conversion]:
-    """Every dtype change that the entries ask for: weights, then what belongs to each of them."""
-    planned = {name: entry for entry in entries if entry.changes for name in entry.names}
-    changing = [item for item in model_scan.tensors if item.names[0] in planned]
-    grouped = {index: group for group in storage_groups(changing) for index in group}
-    for index, item in enumerate(changing):
-        entry = planned[item.names[0]]
-        group = grouped.get(index, [index])
-        if index == group[0]:
-            tensors = tuple(changing[member].tensor for member in group)
-            yield _conversion(entry.name, tensors, entry, is_weight=True)
-        for name, tensor in _belongings(item.tensor, entry, optimizers):
-            yield _conversion(name, (tensor,), entry, is_weight=False)
+    entries: Sequence[TensorCast],
+    model_scan: ModelScan,
+    groups: Sequence[Sequence[int]],
+    optimizers: Sequence[Optimizer] = (),
+) -> tuple[Conversion, ...]:
+    """Every dtype change that the entries ask for: of weights, and of what belongs to them.
+
+    Small tensors are converted many at once, as long as they take no more memory than the largest
+    single one, or than a small part of the model.
+
+    Args:
+        entries: A plan's entries.
+        model_scan: The model that they fit.
+        groups: The indices of its tensors that are views of one storage.
+        optimizers: Those whose state is converted along.
+    """
+    planned = _planned(entries, model_scan.tensors)
+    grouped = {index: group for group in groups for index in group}
+    batches = _Batches([entry.bytes_after for _, entry in planned])
+    for index, entry in planned:
+        item = model_scan.tensors[index]
+        group = grouped.get(index)
+        if group is None:
+            batches.add(entry.names[0], item.tensor, entry, is_weight=True)
+        elif index == group[0]:
+            batches.add_group([model_scan.tensors[member] for member in group], entry)
+        if optimizers or item.tensor.grad is not None:
+            for name, tensor in _belongings(item.tensor, entry, optimizers):
+                batches.add(name, tensor, entry, is_weight=False)
+    return batches.all()
 
 
-def _conversion(
-    name: str, tensors: tuple[torch.Tensor, ...], entry: TensorCast, *, is_weight: bool
-) -> Conversion:
-    return Conversion(
-        name,
-        owner=entry.name,
-        tensors=tensors,
-        from_dtype=entry.from_dtype,
-        to_dtype=entry.to_dtype,
-        is_weight=is_weight,
-    )
+def _planned(
+    entries: Sequence[TensorCast], tensors: Sequence[NamedTensor]
+) -> list[tuple[int, TensorCast]]:
+    """What changes: the index of the tensor, and its entry."""
+    if [entry.names for entry in entries] == [item.names for item in tensors]:
+        places = range(len(tensors))
+    else:
+        named = {name: index for index, item in enumerate(tensors) for name in item.names}
+        places = [named[entry.name] for entry in entries]
+    return [
+        (place, entry)
+        for place, entry in zip(places, entries, strict=True)
+        if entry.from_dtype is not entry.to_dtype
+    ]
+
+
+class _Batches:
+    """Tensors gathered into conversions of a limited size."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._limit = max(max(sizes, default=0), sum(sizes) // _MIN_PARTS)
+        self._full: list[Conversion] = []
+        self._open: defaultdict[Any, _Batch] = defaultdict(_Batch)
+
+    def add(self, name: str, tensor: torch.Tensor, entry: TensorCast, *, is_weight: bool) -> None:
+        batch = self._open[entry.from_dtype, entry.to_dtype, tensor.device, is_weight]
+        num_bytes = entry.bytes_after
+        if batch.entries and batch.num_bytes + num_bytes > self._limit:
+            self._full.append(batch.conversion(is_weight))
+            batch.clear()
+        batch.names.append(name)
+        batch.entries.append(entry)
+        batch.tensors.append(tensor)
+        batch.num_bytes += num_bytes
+
+    def add_group(self, items: Sequence[NamedTensor], entry: TensorCast) -> None:
+        names = tuple(item.names[0] for item in items)
+        conversion = Conversion(
+            names,
+            owners=names,
+            tensors=tuple(item.tensor for item in items),
+            from_dtype=entry.from_dtype,
+            to_dtype=entry.to_dtype,
+            is_weight=True,
+            is_one_storage=True,
+        )
+        self._full.append(conversion)
+
+    def all(self) -> tuple[Conversion, ...]:
+        still_open = (batch.conversion(key[-1]) for key, batch in self._open.items())
+        return (*self._full, *still_open)
+
+
+class _Batch:
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.names: list[str] = []
+        self.entries: list[TensorCast] = []
+        self.tensors: list[torch.Tensor] = []
+        self.num_bytes = 0
+
+    def conversion(self, is_weight: bool) -> Conversion:
+        return Conversion(
+            tuple(self.names),
+            owners=tuple(entry.names[0] for entry in self.entries),
+            tensors=tuple(self.tensors),
+            from_dtype=self.entries[0].from_dtype,
+            to_dtype=self.entries[0].to_dtype,
+            is_weight=is_weight,
+        )
 
 
 def _belongings(
@@ -92,9 +205,10 @@ def _belongings(
 
 def dry_run(conversions: Sequence[Conversion]) -> None:
     """Cast one element of each kind, so that what cannot be cast fails before anything changes."""
-    kinds = {
-        (type(t), c.from_dtype, c.to_dtype, t.device): t for c in conversions for t in c.tensors
-    }
+    kinds: dict[tuple[Any, ...], torch.Tensor] = {}
+    for c in conversions:
+        for kind, tensor in {type(tensor): tensor for tensor in c.tensors}.items():
+            kinds[kind, c.from_dtype, c.to_dtype, tensor.device] = tensor
     for (kind, from_dtype, to_dtype, _), tensor in kinds.items():
         try:
             tensor.detach().new_empty(1).to(to_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -75,7 +76,17 @@ class TensorCast:
     @property
     def numel(self) -> int:
         """How many elements it has."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
+
+    @property
+    def bytes_before(self) -> int:
+        """The size that it is stored in."""
+        return self.numel * self.from_dtype.itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        """The size that it will be stored in."""
+        return self.numel * self.to_dtype.itemsize
 
     def row(self) -> Row:
         """The entry in words."""
@@ -87,8 +98,8 @@ class TensorCast:
             reason=self.reason,
             shape="x".join(map(str, self.shape)) or "scalar",
             num_aliases=len(self.names) - 1,
-            bytes_before=self.numel * self.from_dtype.itemsize,
-            bytes_after=self.numel * self.to_dtype.itemsize,
+            bytes_before=self.bytes_before,
+            bytes_after=self.bytes_after,
         )
 
     def inverse(self) -> TensorCast:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 import attrs
 import torch
 from torch import nn
@@ -29,9 +31,9 @@ class NamedTensor:
     """
 
     tensor: torch.Tensor = attrs.field(eq=False, repr=False)
-    names: tuple[str, ...] = attrs.field(kw_only=True)
-    raw_names: tuple[str, ...] = attrs.field(kw_only=True)
-    kind: str = attrs.field(kw_only=True)
+    names: tuple[str, ...]
+    raw_names: tuple[str, ...]
+    kind: str
 
 
 @attrs.frozen
@@ -64,53 +66,49 @@ def scan(model: nn.Module) -> ModelScan:
     modules = _walked(model)
     found = _Found()
     for name, raw_name, module in modules:
-        for key, tensor in module._parameters.items():
-            if tensor is not None:
-                found.add(tensor, name, raw_name, key, PARAMETER)
+        if module._parameters:
+            found.add(module._parameters, name, raw_name, PARAMETER)
         if module._buffers:
-            fleeting = module._non_persistent_buffers_set
-            for key, tensor in module._buffers.items():
-                if tensor is not None:
-                    kind = NONPERSISTENT_BUFFER if key in fleeting else BUFFER
-                    found.add(tensor, name, raw_name, key, kind)
+            found.add(module._buffers, name, raw_name, BUFFER, module._non_persistent_buffers_set)
     found.refuse_lazy()
     return ModelScan(found.named_tensors(), modules=modules)
 
 
 class _Found:
-    """What a walk has found so far; four lists, since a model may have very many tensors."""
+    """What a walk has found so far."""
 
     def __init__(self) -> None:
-        self._places: dict[int, int] = {}
-        self._tensors: list[torch.Tensor] = []
-        self._names: list[tuple[str, ...]] = []
-        self._raw_names: list[tuple[str, ...]] = []
-        self._kinds: list[str] = []
+        self._by_id: dict[int, NamedTensor] = {}
         self._has_wrappers = False
 
-    def add(self, tensor: torch.Tensor, module: str, raw_module: str, key: str, kind: str) -> None:
-        name = f"{module}.{key}" if module else key
-        raw = name
-        if module is not raw_module:
-            self._has_wrappers = True
-            raw = f"{raw_module}.{key}" if raw_module else key
-        place = self._places.setdefault(id(tensor), len(self._tensors))
-        if place == len(self._tensors):
-            names = (name,)
-            self._tensors.append(tensor)
-            self._names.append(names)
-            self._raw_names.append(names if raw is name else (raw,))
-            self._kinds.append(kind)
-            return
-        self._names[place] += (name,)
-        self._raw_names[place] += (raw,)
-        self._kinds[place] = min(self._kinds[place], kind, key=_RANK.__getitem__)
+    def add(
+        self,
+        held: Mapping[str, torch.Tensor | None],
+        module: str,
+        raw_module: str,
+        kind: str,
+        fleeting: Container[str] = (),
+    ) -> None:
+        """Add what one module holds; buffers under the `fleeting` keys are not persistent."""
+        self._has_wrappers |= module is not raw_module
+        for key, tensor in held.items():
+            if tensor is None:
+                continue
+            names = raw_names = (f"{module}.{key}" if module else key,)
+            if module is not raw_module:
+                raw_names = (joined(raw_module, key),)
+            own_kind = NONPERSISTENT_BUFFER if key in fleeting else kind
+            known = self._by_id.get(id(tensor))
+            if known is not None:
+                names, raw_names = known.names + names, known.raw_names + raw_names
+                own_kind = min(known.kind, own_kind, key=_RANK.__getitem__)
+            self._by_id[id(tensor)] = NamedTensor(tensor, names, raw_names, own_kind)
 
     def refuse_lazy(self) -> None:
-        one_of_each_type = {type(tensor): tensor for tensor in self._tensors}
+        one_of_each_type = {type(item.tensor): item.tensor for item in self._by_id.values()}
         if not any(map(is_lazy, one_of_each_type.values())):
             return
-        lazy = [raw[0] for raw, t in zip(self._raw_names, self._tensors, strict=True) if is_lazy(t)]
+        lazy = [item.raw_names[0] for item in self._by_id.values() if is_lazy(item.tensor)]
         raise ConfigError(
             itemized(
                 f"model has {len(lazy)} parameters that are not initialized yet:",
@@ -120,29 +118,23 @@ class _Found:
         )
 
     def named_tensors(self) -> tuple[NamedTensor, ...]:
-        found = zip(self._tensors, self._unique_names(), self._raw_names, self._kinds, strict=True)
-        return tuple(
-            NamedTensor(tensor, names=names, raw_names=raw_names, kind=kind)
-            for tensor, names, raw_names, kind in found
-        )
-
-    def _unique_names(self) -> list[tuple[str, ...]]:
-        """Names without wrappers, except where two tensors would share one: there the raw names."""
+        """All of them; where two would share a name without wrappers, there by raw names."""
+        items = tuple(self._by_id.values())
         if not self._has_wrappers:
-            return self._names
+            return items
         holders: dict[str, int] = {}
         clashing: set[str] = set()
-        for index, names in enumerate(self._names):
-            clashing.update(n for n in names if holders.setdefault(n, index) != index)
-        return [
-            tuple(
-                dict.fromkeys(
-                    raw if name in clashing else name
-                    for name, raw in zip(names, raw_names, strict=True)
-                )
-            )
-            for names, raw_names in zip(self._names, self._raw_names, strict=True)
-        ]
+        for index, item in enumerate(items):
+            clashing.update(n for n in item.names if holders.setdefault(n, index) != index)
+        return tuple(_with_unique_names(item, clashing) for item in items)
+
+
+def _with_unique_names(item: NamedTensor, clashing: Container[str]) -> NamedTensor:
+    names = dict.fromkeys(
+        raw if name in clashing else name
+        for name, raw in zip(item.names, item.raw_names, strict=True)
+    )
+    return attrs.evolve(item, names=tuple(names))
 
 
 def _walked(model: nn.Module) -> tuple[tuple[str, str, nn.Module], ...]:
