@@ -15,7 +15,7 @@ from automodel_fn.cast._plan import TensorCast
 from automodel_fn.cast._tensors import ModelScan, NamedTensor
 from automodel_fn.dtypes import dtype_name, is_wider
 
-_MIN_PARTS = 128
+_MIN_PARTS = 64
 """Into how many parts a model is divided at least, where its tensors are smaller than that."""
 
 
@@ -61,12 +61,13 @@ class Conversion:
 
     def exchange(self) -> Exchange:
         """The exchange that carries it out."""
-        num_bytes = sum(tensor.nbytes for tensor in self.tensors)
+        sizes = [tensor.nbytes for tensor in self.tensors]
+        largest = sum(sizes) if self.is_one_storage else max(sizes)
         return Exchange(
             self.names,
             tensors=self.tensors,
             make=self.made,
-            num_bytes=num_bytes // self.from_dtype.itemsize * self.to_dtype.itemsize,
+            num_bytes=largest // self.from_dtype.itemsize * self.to_dtype.itemsize,
             can_finish=not is_wider(self.to_dtype, self.from_dtype),
             parts=lambda: tuple(part.exchange() for part in self.parts()),
         )

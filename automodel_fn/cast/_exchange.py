@@ -37,7 +37,7 @@ class Exchange:
         names: What the tensors are, for messages.
         tensors: The tensors that get new data.
         make: Makes the new data, one for each tensor; called again if it was interrupted.
-        num_bytes: Size of the new data.
+        num_bytes: Size of the new data, or of the largest of its parts.
         can_finish: Whether it may be finished when interrupted, since it takes less memory than
             what it replaces; otherwise its original is kept until the first that may.
         parts: The same as exchanges that need less memory each; None if there are none.
@@ -194,8 +194,8 @@ def _converted_together(
     }
     # The quickest way to get many tensors, each with a storage of its own; what is in them is
     # overwritten.
-    made = torch._foreach_neg([blank[shape] for shape in shapes])
-    torch._foreach_copy_(made, tensors)
+    made = torch._foreach_neg([blank[shape] for shape in shapes])  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
+    torch._foreach_copy_(made, tensors)  # pyright: ignore[reportPrivateImportUsage] - as above
     return tuple(made)
 
 
