@@ -15,8 +15,10 @@ from automodel_fn.cast._plan import TensorCast
 from automodel_fn.cast._tensors import ModelScan, NamedTensor
 from automodel_fn.dtypes import dtype_name, is_wider
 
+_LARGE = 8 << 20
+"""Bytes from which on a tensor is worth a conversion of its own, and batches are not larger."""
 _MIN_PARTS = 64
-"""Into how many parts a model is divided at least, where its tensors are smaller than that."""
+"""Into how many batches a model is divided at least, where its tensors are smaller than that."""
 
 
 @attrs.frozen
@@ -101,19 +103,21 @@ def conversions_of(
         groups: The indices of its tensors that are views of one storage.
         optimizers: Those whose state is converted along.
     """
-    planned = _planned(entries, model_scan.tensors)
+    tensors = model_scan.tensors
+    planned = _planned(entries, tensors)
     grouped = {index: group for group in groups for index in group}
-    batches = _Batches([entry.bytes_after for _, entry in planned])
-    for index, entry in planned:
-        item = model_scan.tensors[index]
+    sizes = [entry.bytes_after for _, entry in planned]
+    batches = _Batches(sizes)
+    for (index, entry), size in zip(planned, sizes, strict=True):
+        tensor = tensors[index].tensor
         group = grouped.get(index)
         if group is None:
-            batches.add(entry.names[0], item.tensor, entry, is_weight=True)
+            batches.add(entry, tensor, size)
         elif index == group[0]:
-            batches.add_group([model_scan.tensors[member] for member in group], entry)
-        if optimizers or item.tensor.grad is not None:
-            for name, tensor in _belongings(item.tensor, entry, optimizers):
-                batches.add(name, tensor, entry, is_weight=False)
+            batches.add_group(entry, [tensors[member] for member in group])
+        if optimizers or tensor.grad is not None:
+            for name, belonging in _belongings(tensor, entry, optimizers):
+                batches.add(entry, belonging, size, name)
     return batches.all()
 
 
@@ -134,40 +138,33 @@ def _planned(
 
 
 class _Batches:
-    """Tensors gathered into conversions of a limited size."""
+    """Tensors gathered into conversions: large ones alone, small ones up to a limit."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self._limit = max(max(sizes, default=0), sum(sizes) // _MIN_PARTS)
+        self._limit = min(_LARGE, max(max(sizes, default=0), sum(sizes) // _MIN_PARTS))
         self._full: list[Conversion] = []
         self._open: defaultdict[Any, _Batch] = defaultdict(_Batch)
 
-    def add(self, name: str, tensor: torch.Tensor, entry: TensorCast, *, is_weight: bool) -> None:
-        batch = self._open[entry.from_dtype, entry.to_dtype, tensor.device, is_weight]
-        num_bytes = entry.bytes_after
-        if batch.entries and batch.num_bytes + num_bytes > self._limit:
-            self._full.append(batch.conversion(is_weight))
+    def add(self, entry: TensorCast, tensor: torch.Tensor, num_bytes: int, name: str = "") -> None:
+        """Add a weight, or under a name of its own what belongs to it."""
+        batch = self._open[entry.from_dtype, entry.to_dtype, tensor.device, name == ""]
+        if batch.num_bytes + num_bytes > self._limit and batch.parts:
+            self._full.append(batch.conversion())
             batch.clear()
-        batch.names.append(name)
-        batch.entries.append(entry)
-        batch.tensors.append(tensor)
+        batch.parts.append((name or entry.names[0], entry, tensor))
         batch.num_bytes += num_bytes
 
-    def add_group(self, items: Sequence[NamedTensor], entry: TensorCast) -> None:
-        names = tuple(item.names[0] for item in items)
-        conversion = Conversion(
-            names,
-            owners=names,
-            tensors=tuple(item.tensor for item in items),
-            from_dtype=entry.from_dtype,
-            to_dtype=entry.to_dtype,
-            is_weight=True,
-            is_one_storage=True,
+    def add_group(self, entry: TensorCast, items: Sequence[NamedTensor]) -> None:
+        """Add weights that are views of one storage."""
+        batch = _Batch()
+        batch.parts = [(item.names[0], entry, item.tensor) for item in items]
+        made = batch.conversion()
+        self._full.append(
+            attrs.evolve(made, owners=made.names, is_weight=True, is_one_storage=True)
         )
-        self._full.append(conversion)
 
     def all(self) -> tuple[Conversion, ...]:
-        still_open = (batch.conversion(key[-1]) for key, batch in self._open.items())
-        return (*self._full, *still_open)
+        return (*self._full, *(batch.conversion() for batch in self._open.values()))
 
 
 class _Batch:
@@ -175,19 +172,19 @@ class _Batch:
         self.clear()
 
     def clear(self) -> None:
-        self.names: list[str] = []
-        self.entries: list[TensorCast] = []
-        self.tensors: list[torch.Tensor] = []
+        self.parts: list[tuple[str, TensorCast, torch.Tensor]] = []
         self.num_bytes = 0
 
-    def conversion(self, is_weight: bool) -> Conversion:
+    def conversion(self) -> Conversion:
+        names, entries, tensors = zip(*self.parts, strict=True)
+        owners = tuple([entry.names[0] for entry in entries])
         return Conversion(
-            tuple(self.names),
-            owners=tuple(entry.names[0] for entry in self.entries),
-            tensors=tuple(self.tensors),
-            from_dtype=self.entries[0].from_dtype,
-            to_dtype=self.entries[0].to_dtype,
-            is_weight=is_weight,
+            names,
+            owners=owners,
+            tensors=tensors,
+            from_dtype=entries[0].from_dtype,
+            to_dtype=entries[0].to_dtype,
+            is_weight=names == owners,
         )
 
 

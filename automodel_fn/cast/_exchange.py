@@ -179,7 +179,7 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     """Each tensor in `dtype`, in a storage of its own."""
     to_dtype = _TO_DTYPE.get(dtype) or methodcaller("to", dtype)
     with torch.no_grad():
-        if len(tensors) > 1 and all(t.is_cuda and t.is_contiguous() for t in tensors):
+        if tensors[0].is_cuda and len(tensors) > 1:
             return _converted_together(tensors, dtype)
         return tuple(map(to_dtype, tensors))
 
@@ -188,12 +188,12 @@ def _converted_together(
     tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """The same in two calls, where a launch for each tensor would take longer than its cast."""
+    if not all(map(torch.Tensor.is_contiguous, tensors)):
+        return tuple(tensor.to(dtype) for tensor in tensors)
     shapes = [tensor.shape for tensor in tensors]
-    blank = {
-        shape: torch.empty(shape, dtype=dtype, device=tensors[0].device) for shape in {*shapes}
-    }
-    # The quickest way to get many tensors, each with a storage of its own; what is in them is
-    # overwritten.
+    device = tensors[0].device
+    blank = {shape: torch.empty(shape, dtype=dtype, device=device) for shape in set(shapes)}
+    # The quickest way to many tensors with a storage each; what is in them is overwritten.
     made = torch._foreach_neg([blank[shape] for shape in shapes])  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
     torch._foreach_copy_(made, tensors)  # pyright: ignore[reportPrivateImportUsage] - as above
     return tuple(made)

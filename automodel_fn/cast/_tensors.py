@@ -18,7 +18,7 @@ _WRAPPING = WRAPPER_SEGMENTS | {"module", "base_model", "model"}
 _RANK = {PARAMETER: 0, BUFFER: 1, NONPERSISTENT_BUFFER: 2}
 
 
-@attrs.frozen
+@attrs.define  # frozen, making one takes twice as long, and a model has very many
 class NamedTensor:
     """One tensor object of a model.
 
