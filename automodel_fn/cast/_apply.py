@@ -12,6 +12,7 @@ from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
 from automodel_fn.cast._exchange import exchange
 from automodel_fn.cast._plan import CastPlan, WeakObjects
+from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport
 from automodel_fn.cast._rules import is_plain
 from automodel_fn.cast._tensors import ModelScan, scan
@@ -36,14 +37,18 @@ def apply_cast_plan(
     refuse_stale(plan, model_scan)
     conversions = tuple(conversions_of(plan.entries, model_scan, plan.optimizer_refs.alive()))
     dry_run(conversions)
-    originals = exchange([c.exchange() for c in conversions], keep_originals=keep_originals)
-    if plan.notes:
-        _logger.warning(itemized("the cast plan has notes:", plan.notes))
+    count = RangeCount({id(item.tensor): item.names[0] for item in model_scan.tensors})
+    originals = exchange(count.exchanges(conversions), keep_originals=keep_originals)
+    losses = count.losses()
+    notes = (*plan.notes, *range_note(losses))
+    if notes:
+        _logger.warning(itemized("the cast plan has notes:", notes))
     return CastReport(
         plan.entries,
         bytes_before=sum(entry.numel * entry.from_dtype.itemsize for entry in plan.entries),
         bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
-        notes=(*plan.notes, *_view_note(conversions)),
+        notes=(*notes, *_view_note(conversions)),
+        range_losses=losses,
         checksums=_checksums(model_scan) if checksum else (),
         undo_cast=Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None,
     )
