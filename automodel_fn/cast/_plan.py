@@ -34,6 +34,7 @@ class TensorCast:
             kind that is cast, already right, or in `skip=`).
         reason: The rule that decided.
         requires_grad: Whether it is trainable.
+        inverse_of: The action that this entry takes back, in an inverse; None elsewhere.
 
     Example:
         >>> from automodel_fn import bf16, cast_plan
@@ -50,16 +51,21 @@ class TensorCast:
     action: str = attrs.field(kw_only=True, validator=attrs.validators.in_(_ACTIONS))
     reason: str = attrs.field(kw_only=True)
     requires_grad: bool = attrs.field(kw_only=True)
+    inverse_of: str | None = attrs.field(
+        default=None, kw_only=True, validator=attrs.validators.in_((None, CAST, KEEP))
+    )
 
     def __attrs_post_init__(self) -> None:
         """Refuse an entry that could only lose data, as a hand-made plan may have."""
         if self.changes and (
-            self.action == SKIP or not {self.from_dtype, self.to_dtype} <= CASTABLE
+            self.action == SKIP
+            or (self.action == KEEP and self.to_dtype != torch.float32)
+            or not {self.from_dtype, self.to_dtype} <= CASTABLE
         ):
             raise ConfigError(
                 f"{self.names[0]}: {self.action} {dtype_name(self.from_dtype)} to "
                 f"{dtype_name(self.to_dtype)} is no cast; only bf16, fp16 and fp32 are cast to one "
-                "another, and what is skipped keeps its dtype."
+                "another, a pin to fp32 alone, and what is skipped keeps its dtype."
             )
 
     @property
@@ -95,10 +101,14 @@ class TensorCast:
         """The entry that brings the stored dtype back; an unchanged one is its own inverse."""
         if not self.changes:
             return self
-        undone = self.reason.removeprefix(_INVERSE)
-        reason = undone if undone != self.reason else _INVERSE + self.reason
+        is_inverse = self.inverse_of is not None
         return attrs.evolve(
-            self, from_dtype=self.to_dtype, to_dtype=self.from_dtype, action=CAST, reason=reason
+            self,
+            from_dtype=self.to_dtype,
+            to_dtype=self.from_dtype,
+            action=self.inverse_of or CAST,
+            reason=self.reason.removeprefix(_INVERSE) if is_inverse else _INVERSE + self.reason,
+            inverse_of=None if is_inverse else self.action,
         )
 
 
@@ -157,6 +167,7 @@ class CastPlan:
         entries: One entry a tensor, in the order of the model.
         dtype: The target dtype; None where there is no single one, as in an inverse.
         notes: Remarks for a person.
+        inverse_of: The target dtype of the plan that this one takes back, in an inverse.
 
     Example:
         >>> from automodel_fn import bf16, cast_plan
@@ -170,6 +181,7 @@ class CastPlan:
     entries: tuple[TensorCast, ...]
     dtype: torch.dtype | None = attrs.field(default=None, kw_only=True)
     notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    inverse_of: torch.dtype | None = attrs.field(default=None, kw_only=True)
     model_ref: WeakObjects = attrs.field(
         factory=WeakObjects, kw_only=True, eq=False, repr=False, alias="model_ref"
     )
@@ -196,13 +208,13 @@ class CastPlan:
         return tuple(entry.row() for entry in self.entries)
 
     def inverse(self) -> CastPlan:
-        """The plan that brings every stored dtype back.
+        """The plan that brings every stored dtype back; the inverse of that one is this one.
 
         Dtypes, not bits: what a narrowing cast rounded away is gone. To bring bits back use
         `apply(plan, keep_originals=True)` and `report.undo()`, or `snapshot` and `restore`.
         """
         entries = tuple(entry.inverse() for entry in self.entries)
-        return attrs.evolve(self, entries=entries, dtype=None)
+        return attrs.evolve(self, entries=entries, dtype=self.inverse_of, inverse_of=self.dtype)
 
     def diff(self, other: CastPlan) -> tuple[PlanDifference, ...]:
         """The tensors of which `other` says something else, in our order, then in theirs."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._planners import cast_plan
 from automodel_fn.errors import StalePlanError
 from automodel_fn.plans import apply
@@ -48,12 +49,9 @@ def check_inverse(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> 
     after = facts_of(twin)
     demand_none("the inverse did not bring the dtypes back", values_differ(after, expected))
     demand_aliases(after, before)
-    again = plan.inverse().inverse()
-    demand(
-        [(e.names, e.from_dtype, e.to_dtype) for e in again.entries]
-        == [(e.names, e.from_dtype, e.to_dtype) for e in plan.entries],
-        "the inverse of the inverse is another plan",
-    )
+    demand(plan.inverse().inverse() == plan, "the inverse of the inverse is another plan")
+    read = CastPlan.from_json(plan.inverse().to_json())
+    demand(read.inverse() == plan, "an inverse from JSON has another plan as its inverse")
 
 
 def check_undo(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> None:
