@@ -171,8 +171,14 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     for tensor, view in zip(tensors, views, strict=True):
         # A CPU gives NaN other bits in memory with gaps: a tensor's own cast is what it must be.
         if not tensor.is_contiguous():
-            view.copy_(tensor.detach().to(dtype))
+            write(view, tensor.detach().to(dtype))
     return views
+
+
+def write(view: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy into a view, also into an expanded one, whose elements lie on one another."""
+    own = tuple(slice(1) if step == 0 else slice(None) for step in view.stride())
+    view[own].copy_(values[own])
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -17,6 +17,7 @@ from automodel_fn.cast._exchange import (
     converted,
     exchange,
     interrupts_deferred,
+    write,
 )
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
@@ -135,7 +136,7 @@ def _merged_all(
     ]
     fresh = converted(originals, dtype)
     for view, values in zip(fresh, edited, strict=True):
-        view.copy_(values)
+        write(view, values)
     return fresh
 
 

@@ -19,7 +19,7 @@ from automodel_fn.testing._facts import (
     facts_of,
     values_differ,
 )
-from automodel_fn.testing._laws_cast import demand_aliases
+from automodel_fn.testing._laws_cast import demand_aliases, demand_same_objects
 from automodel_fn.testing._twin import tensors_of, twin_of
 
 
@@ -49,6 +49,7 @@ def check_inverse(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> 
     after = facts_of(twin)
     demand_none("the inverse did not bring the dtypes back", values_differ(after, expected))
     demand_aliases(after, before)
+    demand_same_objects(after, before)
     demand(plan.inverse().inverse() == plan, "the inverse of the inverse is another plan")
     read = CastPlan.from_json(plan.inverse().to_json())
     demand(read.inverse() == plan, "an inverse from JSON has another plan as its inverse")
@@ -75,6 +76,7 @@ def check_undo(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> Non
     after = facts_of(twin)
     demand_none("undo did not bring the model back", values_differ(after, before))
     demand_aliases(after, before)
+    demand_same_objects(after, before)
     try:
         report.undo()
     except StalePlanError:
