@@ -54,6 +54,7 @@ def conversions_of(
     planned = {name: entry for entry in entries if entry.changes for name in entry.names}
     changing = [item for item in model_scan.tensors if item.names[0] in planned]
     grouped = {index: group for group in storage_groups(changing) for index in group}
+    known = {id(item.tensor) for item in model_scan.tensors}
     for index, item in enumerate(changing):
         entry = planned[item.names[0]]
         group = grouped.get(index, [index])
@@ -61,7 +62,10 @@ def conversions_of(
             tensors = tuple(changing[member].tensor for member in group)
             yield _conversion(entry.name, tensors, entry, is_weight=True)
         for name, tensor in _belongings(item.tensor, entry, optimizers):
-            yield _conversion(name, (tensor,), entry, is_weight=False)
+            # One of several tensors is cast once, and one of the model by its own entry.
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                yield _conversion(name, (tensor,), entry, is_weight=False)
 
 
 def _conversion(
@@ -81,13 +85,19 @@ def _belongings(
     tensor: torch.Tensor, entry: TensorCast, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A tensor's gradient, and its optimizer state of its own shape and dtype; no step counters."""
-    if tensor.grad is not None and tensor.grad.dtype == entry.from_dtype:
-        yield f"{entry.name}.grad", tensor.grad
+    grad = gradient_of(tensor)
+    if grad is not None and grad.dtype == entry.from_dtype:
+        yield f"{entry.name}.grad", grad
     for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
             is_alike = isinstance(value, torch.Tensor) and value.shape == tensor.shape
             if is_alike and key != "step" and value.dtype == entry.from_dtype:
                 yield f"{entry.name} ({key})", value
+
+
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The gradient that a tensor holds; one that an operation made may hold none, and warns."""
+    return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
 
 def dry_run(conversions: Sequence[Conversion]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._bits import merged, same_bits
-from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
+from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run, gradient_of
 from automodel_fn.cast._exchange import (
     Exchange,
     Originals,
@@ -103,9 +103,12 @@ def _latecomers(
         if index == group[0]:
             tensors = tuple(items[member].tensor for member in group)
             yield from _to_target(item.names[0], tensors, targets)
+    known = {id(item.tensor) for item in items}
     for item in scan(model).tensors:
-        if item.tensor.grad is not None and id(item.tensor.grad) not in handled:
-            yield from _to_target(item.names[0], (item.tensor.grad,), targets)
+        grad = gradient_of(item.tensor)
+        if grad is not None and id(grad) not in handled and id(grad) not in known:
+            known.add(id(grad))
+            yield from _to_target(item.names[0], (grad,), targets)
 
 
 def _to_target(
