@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
         "run pip install 'automodel_fn[testing]'."
     ) from error
 
-from automodel_fn.testing._laws_atomic import InjectedError, check_all_or_nothing
+from automodel_fn.testing._laws_atomic import InjectedError, InjectedInterrupt, check_all_or_nothing
 from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
 from automodel_fn.testing._laws_frozen import check_frozen_plan
 from automodel_fn.testing._laws_inverse import check_inverse, check_undo
@@ -37,6 +37,7 @@ from automodel_fn.testing._strategies_tensors import dtypes, tensors
 
 __all__ = [
     "InjectedError",
+    "InjectedInterrupt",
     "StepScopeMachine",
     "availabilities",
     "backend_configs",
