@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
-from automodel_fn.cast._exchange import exchange
+from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport
@@ -38,20 +39,40 @@ def apply_cast_plan(
     conversions = tuple(conversions_of(plan.entries, model_scan, plan.optimizer_refs.alive()))
     dry_run(conversions)
     count = RangeCount({id(item.tensor): item.names[0] for item in model_scan.tensors})
-    originals = exchange(count.exchanges(conversions), keep_originals=keep_originals)
-    losses = count.losses()
-    notes = (*plan.notes, *range_note(losses))
-    if notes:
-        _logger.warning(itemized("the cast plan has notes:", notes))
-    return CastReport(
-        plan.entries,
-        bytes_before=sum(entry.numel * entry.from_dtype.itemsize for entry in plan.entries),
-        bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
-        notes=(*notes, *_view_note(conversions)),
-        range_losses=losses,
-        checksums=_checksums(model_scan) if checksum else (),
-        undo_cast=Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None,
-    )
+    originals: Originals | None = None
+    try:
+        with interrupts_deferred():
+            originals = exchange(count.exchanges(conversions), keep_originals=keep_originals)
+        losses = count.losses()
+        notes = (*plan.notes, *range_note(losses))
+        if notes:
+            _logger.warning(itemized("the cast plan has notes:", notes))
+        undo = Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None
+        return CastReport(
+            plan.entries,
+            bytes_before=sum(entry.numel * entry.from_dtype.itemsize for entry in plan.entries),
+            bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
+            notes=(*notes, *_view_note(conversions)),
+            range_losses=losses,
+            checksums=_checksums(model_scan) if checksum else (),
+            undo_cast=undo,
+        )
+    except BaseException:
+        if keep_originals and originals is not None:
+            _roll_back(conversions, originals)
+        raise
+
+
+def _roll_back(conversions: Sequence[Conversion], originals: Originals) -> None:
+    """Put kept originals back: without the report nobody could."""
+    reverse = [
+        Exchange(
+            c.name, tensors=c.tensors, make=partial(tuple, data), num_bytes=0, can_finish=False
+        )
+        for c, data in zip(conversions, originals, strict=True)
+    ]
+    with interrupts_deferred():
+        exchange(reverse, must_finish=True)
 
 
 def refuse_stale(plan: CastPlan, model_scan: ModelScan) -> None:

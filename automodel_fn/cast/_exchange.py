@@ -190,9 +190,10 @@ def _extent(tensor: torch.Tensor) -> int:
 def interrupts_deferred() -> Generator[Callable[[], None]]:
     """Let Ctrl-C wait for a moment at which it can be dealt with.
 
-    Yields a function that gives a waiting one to the program's own handler, which may raise. What
-    was not given so is given at the end. Python runs signal handlers in the main thread alone;
-    anywhere else, and where the handler is not Python's, there is nothing to defer.
+    Yields a function that gives a waiting one to the program's own handler, which may raise; also
+    in a deferral inside another one. What was not given so is given at the end. Python runs signal
+    handlers in the main thread alone; anywhere else, and where the handler is not Python's, there
+    is nothing to defer.
     """
     is_main = threading.current_thread() is threading.main_thread()
     previous: Any = signal.getsignal(signal.SIGINT) if is_main else None
@@ -200,14 +201,16 @@ def interrupts_deferred() -> Generator[Callable[[], None]]:
         yield lambda: None
         return
     waiting: list[FrameType | None] = []
+    own_handler = getattr(previous, "own_handler", previous)
 
     def note(signum: int, frame: FrameType | None) -> None:
         waiting.append(frame)
 
     def check() -> None:
-        if waiting and callable(previous):
-            previous(signal.SIGINT, waiting.pop())
+        if waiting and callable(own_handler):
+            own_handler(signal.SIGINT, waiting.pop())
 
+    vars(note)["own_handler"] = own_handler
     signal.signal(signal.SIGINT, note)
     try:
         yield check

@@ -67,10 +67,30 @@ def temporary_cast(
     }
     conversions = tuple(conversions_of(plan.entries, scan(model)))
     dry_run(conversions)
-    originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+    originals: Originals | None = None
+    is_over = False
     try:
-        yield model
-    finally:
+        try:
+            with interrupts_deferred():
+                originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+            yield model
+        finally:
+            _bring_back(model, targets, conversions, originals)
+            is_over = True
+    except BaseException:
+        # An interrupt may come before it can be deferred. What is back already stays as it is.
+        if not is_over:
+            _bring_back(model, targets, conversions, originals)
+        raise
+
+
+def _bring_back(
+    model: nn.Module,
+    targets: Mapping[str, torch.dtype],
+    conversions: Sequence[Conversion],
+    originals: Originals | None,
+) -> None:
+    if originals is not None:
         with interrupts_deferred():
             exchange(_returns(model, targets, conversions, originals), must_finish=True)
 
