@@ -123,7 +123,7 @@ class Replicated(DistributedDataParallel):
         nn.Module.__init__(self)
         self.module = module
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
