@@ -19,6 +19,7 @@ from automodel_fn.testing._laws_ops import (
     check_rms_norm,
     check_rope_config,
 )
+from automodel_fn.testing._laws_optimizers import check_training_goes_on
 from automodel_fn.testing._laws_patch import check_patch_passes_step, check_patch_reversible
 from automodel_fn.testing._laws_plan import check_plan_is_pure
 from automodel_fn.testing._laws_resolve import check_resolve
@@ -54,6 +55,7 @@ __all__ = [
     "check_rms_norm",
     "check_rope_config",
     "check_temporary_cast",
+    "check_training_goes_on",
     "check_undo",
     "dtypes",
     "lm_head_arguments",
