@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 
 from torch import nn
@@ -12,8 +13,9 @@ from torch import nn
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
-from automodel_fn.cast._exchange import exchange
+from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._plan import CastPlan, WeakObjects
+from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport
 from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._tensors import ModelScan, scan
@@ -40,18 +42,42 @@ def apply_cast_plan(
     optimizers = plan.optimizer_refs.alive()
     conversions = conversions_of(plan.entries, model_scan, groups, optimizers)
     dry_run(conversions)
-    originals = exchange([c.exchange() for c in conversions], keep_originals=keep_originals)
-    if plan.notes:
-        _logger.warning(itemized("the cast plan has notes:", plan.notes))
-    sized = [(math.prod(entry.shape), entry) for entry in plan.entries]
-    return CastReport(
-        plan.entries,
-        bytes_before=sum(numel * e.from_dtype.itemsize for numel, e in sized),
-        bytes_after=sum(numel * e.to_dtype.itemsize for numel, e in sized),
-        notes=(*plan.notes, *_view_note(conversions)),
-        checksums=_checksums(model_scan) if checksum else (),
-        undo_cast=Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None,
-    )
+    count = RangeCount(conversions)
+    originals: Originals | None = None
+    try:
+        with interrupts_deferred():
+            originals = exchange(count.exchanges(), keep_originals=keep_originals)
+        losses = count.losses()
+        notes = (*plan.notes, *range_note(losses))
+        if notes:
+            _logger.warning(itemized("the cast plan has notes:", notes))
+        undo = Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None
+        sized = [(math.prod(entry.shape), entry) for entry in plan.entries]
+        return CastReport(
+            plan.entries,
+            bytes_before=sum(numel * e.from_dtype.itemsize for numel, e in sized),
+            bytes_after=sum(numel * e.to_dtype.itemsize for numel, e in sized),
+            notes=(*notes, *_view_note(conversions)),
+            range_losses=losses,
+            checksums=_checksums(model_scan) if checksum else (),
+            undo_cast=undo,
+        )
+    except BaseException:
+        if keep_originals and originals is not None:
+            _roll_back(conversions, originals)
+        raise
+
+
+def _roll_back(conversions: Sequence[Conversion], originals: Originals) -> None:
+    """Put kept originals back: without the report nobody could."""
+    reverse = [
+        Exchange(
+            c.names, tensors=c.tensors, make=partial(tuple, data), num_bytes=0, can_finish=False
+        )
+        for c, data in zip(conversions, originals, strict=True)
+    ]
+    with interrupts_deferred():
+        exchange(reverse, must_finish=True)
 
 
 def refuse_stale(plan: CastPlan, model_scan: ModelScan, groups: Sequence[Sequence[int]]) -> None:

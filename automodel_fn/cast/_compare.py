@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import attrs
 import torch
 
-from automodel_fn.cast._plan import TensorCast
+from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._tensors import ModelScan, NamedTensor
 from automodel_fn.dtypes import dtype_name
 

@@ -10,8 +10,9 @@ import attrs
 import torch
 from torch.optim import Optimizer
 
-from automodel_fn.cast._exchange import Exchange, converted, converted_views
-from automodel_fn.cast._plan import TensorCast
+from automodel_fn.cast._convert import converted, converted_views
+from automodel_fn.cast._entries import TensorCast
+from automodel_fn.cast._exchange import Exchange
 from automodel_fn.cast._tensors import ModelScan, NamedTensor
 from automodel_fn.dtypes import dtype_name, is_wider
 
@@ -108,6 +109,7 @@ def conversions_of(
     grouped = {index: group for group in groups for index in group}
     sizes = [entry.bytes_after for _, entry in planned]
     batches = _Batches(sizes)
+    known: set[int] = set()
     for (index, entry), size in zip(planned, sizes, strict=True):
         tensor = tensors[index].tensor
         group = grouped.get(index)
@@ -115,8 +117,13 @@ def conversions_of(
             batches.add(entry, tensor, size)
         elif index == group[0]:
             batches.add_group(entry, [tensors[member] for member in group])
-        if optimizers or tensor.grad is not None:
-            for name, belonging in _belongings(tensor, entry, optimizers):
+        if not optimizers and gradient_of(tensor) is None:
+            continue
+        # One of several tensors is cast once, and one of the model by its own entry.
+        known = known or {id(item.tensor) for item in tensors}
+        for name, belonging in _belongings(tensor, entry, optimizers):
+            if id(belonging) not in known:
+                known.add(id(belonging))
                 batches.add(entry, belonging, size, name)
     return batches.all()
 
@@ -192,13 +199,19 @@ def _belongings(
     tensor: torch.Tensor, entry: TensorCast, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A tensor's gradient, and its optimizer state of its own shape and dtype; no step counters."""
-    if tensor.grad is not None and tensor.grad.dtype == entry.from_dtype:
-        yield f"{entry.name}.grad", tensor.grad
+    grad = gradient_of(tensor)
+    if grad is not None and grad.dtype == entry.from_dtype:
+        yield f"{entry.name}.grad", grad
     for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
             is_alike = isinstance(value, torch.Tensor) and value.shape == tensor.shape
             if is_alike and key != "step" and value.dtype == entry.from_dtype:
                 yield f"{entry.name} ({key})", value
+
+
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The gradient that a tensor holds; one that an operation made may hold none, and warns."""
+    return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
 
 def dry_run(conversions: Sequence[Conversion]) -> None:

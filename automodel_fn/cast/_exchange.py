@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from operator import methodcaller
 from types import FrameType
 from typing import Any
 
@@ -21,12 +20,6 @@ import torch
 from automodel_fn.errors import PartialCastError, itemized
 
 _TRIES = 64
-# The same as `tensor.to(dtype)`, with less to parse: that is a third of a small tensor's cast.
-_TO_DTYPE: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {
-    torch.float32: torch.Tensor.float,
-    torch.bfloat16: torch.Tensor.bfloat16,
-    torch.float16: torch.Tensor.half,
-}
 
 
 @attrs.frozen
@@ -175,60 +168,14 @@ def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -
         tensor.data = new
 
 
-def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Each tensor in `dtype`, in a storage of its own."""
-    to_dtype = _TO_DTYPE.get(dtype) or methodcaller("to", dtype)
-    with torch.no_grad():
-        if tensors[0].is_cuda and len(tensors) > 1:
-            return _converted_together(tensors, dtype)
-        return tuple(map(to_dtype, tensors))
-
-
-def _converted_together(
-    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    """The same in two calls, where a launch for each tensor would take longer than its cast."""
-    if not all(map(torch.Tensor.is_contiguous, tensors)):
-        return tuple(tensor.to(dtype) for tensor in tensors)
-    shapes = [tensor.shape for tensor in tensors]
-    device = tensors[0].device
-    blank = {shape: torch.empty(shape, dtype=dtype, device=device) for shape in set(shapes)}
-    # The quickest way to many tensors with a storage each; what is in them is overwritten.
-    made = torch._foreach_neg([blank[shape] for shape in shapes])  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
-    torch._foreach_copy_(made, tensors)  # pyright: ignore[reportPrivateImportUsage] - as above
-    return tuple(made)
-
-
-def converted_views(
-    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    """Tensors that are views of one storage in `dtype`, and views of one storage again."""
-    start = min(tensor.storage_offset() for tensor in tensors)
-    end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
-    flat = tensors[0].detach().as_strided((end - start,), (1,), start).to(dtype)
-    views = tuple(
-        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
-        for tensor in tensors
-    )
-    for tensor, view in zip(tensors, views, strict=True):
-        # A CPU gives NaN other bits in memory with gaps: a tensor's own cast is what it must be.
-        if not tensor.is_contiguous():
-            view.copy_(tensor.detach().to(dtype))
-    return views
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """How many elements of storage lie between a tensor's first and its last, inclusive."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 @contextmanager
 def interrupts_deferred() -> Generator[Callable[[], None]]:
     """Let Ctrl-C wait for a moment at which it can be dealt with.
 
-    Yields a function that gives a waiting one to the program's own handler, which may raise. What
-    was not given so is given at the end. Python runs signal handlers in the main thread alone;
-    anywhere else, and where the handler is not Python's, there is nothing to defer.
+    Yields a function that gives a waiting one to the program's own handler, which may raise; also
+    in a deferral inside another one. What was not given so is given at the end. Python runs signal
+    handlers in the main thread alone; anywhere else, and where the handler is not Python's, there
+    is nothing to defer.
     """
     is_main = threading.current_thread() is threading.main_thread()
     previous: Any = signal.getsignal(signal.SIGINT) if is_main else None
@@ -236,14 +183,16 @@ def interrupts_deferred() -> Generator[Callable[[], None]]:
         yield lambda: None
         return
     waiting: list[FrameType | None] = []
+    own_handler = getattr(previous, "own_handler", previous)
 
     def note(signum: int, frame: FrameType | None) -> None:
         waiting.append(frame)
 
     def check() -> None:
-        if waiting and callable(previous):
-            previous(signal.SIGINT, waiting.pop())
+        if waiting and callable(own_handler):
+            own_handler(signal.SIGINT, waiting.pop())
 
+    vars(note)["own_handler"] = own_handler
     signal.signal(signal.SIGINT, note)
     try:
         yield check

@@ -23,6 +23,7 @@ def plan_to_json(plan: CastPlan) -> str:
         "format": FORMAT,
         "dtype": None if plan.dtype is None else dtype_name(plan.dtype),
         "notes": list(plan.notes),
+        **({} if plan.inverse_of is None else {"inverse_of": dtype_name(plan.inverse_of)}),
     }
     entries = ",\n  ".join(json.dumps(_entry_to_dict(entry)) for entry in plan.entries)
     body = f"[\n  {entries}\n ]" if entries else "[]"
@@ -39,6 +40,7 @@ def _entry_to_dict(entry: TensorCast) -> dict[str, Any]:
         "action": entry.action,
         "reason": entry.reason,
         "requires_grad": entry.requires_grad,
+        **({} if entry.inverse_of is None else {"inverse_of": entry.inverse_of}),
     }
 
 
@@ -54,13 +56,13 @@ def plan_from_json(text: str, plan_type: type[CastPlan], entry_type: type[Tensor
         raise ConfigError(f"the text is no JSON: {error}.") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ConfigError(f"the JSON is no cast plan: expected format={FORMAT!r}.")
-    dtype = data.get("dtype")
     entries = _field(data, "entries", list, "plan")
     notes = _strings(_field(data, "notes", list, "plan"), "plan.notes")
     return plan_type(
         tuple(_entry_from(item, f"entries[{i}]", entry_type) for i, item in enumerate(entries)),
-        dtype=None if dtype is None else parse_dtype(dtype),
+        dtype=_optional_dtype(data, "dtype"),
         notes=notes,
+        inverse_of=_optional_dtype(data, "inverse_of"),
     )
 
 
@@ -84,11 +86,16 @@ def _entry_from(item: object, place: str, entry_type: type[TensorCast]) -> Tenso
             action=_field(data, "action", str, place),
             reason=_field(data, "reason", str, place),
             requires_grad=_field(data, "requires_grad", bool, place),
+            inverse_of=data.get("inverse_of"),
         )
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{place}: {error.args[0]}") from None
+
+
+def _optional_dtype(data: Mapping[str, Any], name: str) -> torch.dtype | None:
+    return None if data.get(name) is None else _dtype(data, name, "plan")
 
 
 def _dtype(data: Mapping[str, Any], name: str, place: str) -> torch.dtype:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import attrs
 
-from automodel_fn.cast._plan import TensorCast
+from automodel_fn.cast._entries import TensorCast
+from automodel_fn.cast._range import RangeLoss
 from automodel_fn.errors import ConfigError
 from automodel_fn.plans import Row
 
@@ -20,6 +21,8 @@ class CastReport:
         bytes_before: Size of all parameters and buffers before, each tensor once.
         bytes_after: The same afterwards.
         notes: The plan's notes, and what was found while casting.
+        range_losses: What casts to float16 made infinite or zero, tensor by tensor; of gradients
+            and optimizer state too. Empty if nothing was lost so, and on meta.
         checksums: (name, checksum of the bits) of every tensor, if asked for.
 
     Example:
@@ -36,6 +39,7 @@ class CastReport:
     bytes_before: int = attrs.field(kw_only=True)
     bytes_after: int = attrs.field(kw_only=True)
     notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    range_losses: tuple[RangeLoss, ...] = attrs.field(default=(), kw_only=True)
     checksums: tuple[tuple[str, int], ...] = attrs.field(default=(), kw_only=True)
     undo_cast: Callable[[], None] | None = attrs.field(
         default=None, kw_only=True, eq=False, repr=False

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import nn
 
-from automodel_fn.cast._plan import CAST, KEEP, SKIP, TensorCast
+from automodel_fn.cast._entries import CAST, KEEP, SKIP, TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 from automodel_fn.dtypes import CASTABLE, dtype_name
 

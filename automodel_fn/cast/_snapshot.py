@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._compare import Finding
-from automodel_fn.cast._exchange import Exchange, converted_views, exchange
+from automodel_fn.cast._convert import converted_views, write
+from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._selection import selected
@@ -202,7 +203,7 @@ def _restored(
         fresh = converted_views(tensors, dtypes.pop())
     for member, view in zip(members, fresh, strict=True):
         if member.names in copies:
-            view.copy_(copies[member.names])
+            write(view, copies[member.names])
     return fresh
 
 

@@ -15,15 +15,10 @@ from automodel_fn.cast._conversions import (
     conversions_of,
     dry_run,
     each_with_data,
+    gradient_of,
 )
-from automodel_fn.cast._exchange import (
-    Exchange,
-    Originals,
-    converted,
-    converted_views,
-    exchange,
-    interrupts_deferred,
-)
+from automodel_fn.cast._convert import converted, converted_views, write
+from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import scan
@@ -74,10 +69,30 @@ def temporary_cast(
     groups = storage_groups(model_scan.tensors)
     conversions = conversions_of(plan.entries, model_scan, groups)
     dry_run(conversions)
-    originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+    originals: Originals | None = None
+    is_over = False
     try:
-        yield model
-    finally:
+        try:
+            with interrupts_deferred():
+                originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+            yield model
+        finally:
+            _bring_back(model, targets, conversions, originals)
+            is_over = True
+    except BaseException:
+        # An interrupt may come before it can be deferred. What is back already stays as it is.
+        if not is_over:
+            _bring_back(model, targets, conversions, originals)
+        raise
+
+
+def _bring_back(
+    model: nn.Module,
+    targets: Mapping[str, torch.dtype],
+    conversions: Sequence[Conversion],
+    originals: Originals | None,
+) -> None:
+    if originals is not None:
         with interrupts_deferred():
             exchange(_returns(model, targets, conversions, originals), must_finish=True)
 
@@ -110,9 +125,12 @@ def _latecomers(
         if index == group[0]:
             tensors = tuple(items[member].tensor for member in group)
             yield from _to_target(item.names[0], tensors, targets)
+    known = {id(item.tensor) for item in items}
     for item in scan(model).tensors:
-        if item.tensor.grad is not None and id(item.tensor.grad) not in handled:
-            yield from _to_target(item.names[0], (item.tensor.grad,), targets)
+        grad = gradient_of(item.tensor)
+        if grad is not None and id(grad) not in handled and id(grad) not in known:
+            known.add(id(grad))
+            yield from _to_target(item.names[0], (grad,), targets)
 
 
 def _to_target(
@@ -149,7 +167,7 @@ def _merged_all(
     ]
     fresh = converted_views(originals, dtype)
     for view, values in zip(fresh, edited, strict=True):
-        view.copy_(values)
+        write(view, values)
     return fresh
 
 

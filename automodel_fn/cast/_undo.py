@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from automodel_fn.cast._bits import merged, same_bits
-from automodel_fn.cast._conversions import Conversion, each_with_data
+from automodel_fn.cast._conversions import Conversion, each_with_data, gradient_of
 from automodel_fn.cast._exchange import Exchange, Originals, exchange
 from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.cast._tensors import scan
@@ -43,7 +43,7 @@ class Undo:
                 )
             )
         reverse = [_reverse(*pair) for pair in pairs]
-        exchange([*reverse, *_new_gradients(self.conversions)], keep_originals=True)
+        exchange([*reverse, *_new_gradients(self.conversions, present)], keep_originals=True)
         self.originals = None
 
 
@@ -58,15 +58,20 @@ def _is_unchanged(
     )
 
 
-def _new_gradients(conversions: Sequence[Conversion]) -> Iterator[Exchange]:
+def _new_gradients(
+    conversions: Sequence[Conversion], present: Container[int]
+) -> Iterator[Exchange]:
     """Gradients that came after the cast: they go back with their weights."""
     known = {id(tensor) for conversion in conversions for tensor in conversion.tensors}
     for conversion in conversions:
         pairs = zip(conversion.names, conversion.tensors, strict=True)
         for name, tensor in pairs if conversion.is_weight else ():
-            grad = tensor.grad
-            if grad is None or id(grad) in known or grad.dtype != conversion.to_dtype:
+            grad = gradient_of(tensor)
+            if grad is None or grad.dtype != conversion.to_dtype:
                 continue
+            if id(grad) in known or id(grad) in present:
+                continue
+            known.add(id(grad))
             yield Conversion(
                 (f"{name}.grad",),
                 owners=(name,),

@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
         "run pip install 'automodel_fn[testing]'."
     ) from error
 
-from automodel_fn.testing._laws_atomic import InjectedError, check_all_or_nothing
+from automodel_fn.testing._laws_atomic import InjectedError, InjectedInterrupt, check_all_or_nothing
 from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
 from automodel_fn.testing._laws_frozen import check_frozen_plan
 from automodel_fn.testing._laws_inverse import check_inverse, check_undo
@@ -19,6 +19,7 @@ from automodel_fn.testing._laws_ops import (
     check_rms_norm,
     check_rope_config,
 )
+from automodel_fn.testing._laws_optimizers import check_training_goes_on
 from automodel_fn.testing._laws_patch import check_patch_passes_step, check_patch_reversible
 from automodel_fn.testing._laws_plan import check_plan_is_pure
 from automodel_fn.testing._laws_resolve import check_resolve
@@ -37,6 +38,7 @@ from automodel_fn.testing._strategies_tensors import dtypes, tensors
 
 __all__ = [
     "InjectedError",
+    "InjectedInterrupt",
     "StepScopeMachine",
     "availabilities",
     "backend_configs",
@@ -53,6 +55,7 @@ __all__ = [
     "check_rms_norm",
     "check_rope_config",
     "check_temporary_cast",
+    "check_training_goes_on",
     "check_undo",
     "dtypes",
     "lm_head_arguments",

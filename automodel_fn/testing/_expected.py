@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import attrs
@@ -150,6 +151,27 @@ def _overlaid(tensor: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> 
 def targets_of(cases: Iterable[Case]) -> dict[int, torch.dtype]:
     """The dtype that each tensor must have afterwards, by its id."""
     return {id(case.tensor): case.to_dtype for case in cases}
+
+
+def losses_after(cases: Iterable[Case]) -> list[tuple[int, int]]:
+    """For each tensor or gradient: how many values float16 makes infinite, and how many zero."""
+    cast = {
+        id(tensor): tensor.detach()
+        for case in cases
+        if case.to_dtype == torch.float16 != case.tensor.dtype
+        for tensor in (case.tensor, case.tensor.grad)
+        if tensor is not None and tensor.dtype == case.tensor.dtype and not tensor.is_meta
+    }
+    return sorted(loss for tensor in cast.values() if any(loss := _loss(tensor)))
+
+
+def _loss(tensor: torch.Tensor) -> tuple[int, int]:
+    values = tensor.double().flatten().tolist(), tensor.half().double().flatten().tolist()
+    pairs = list(zip(*values, strict=True))
+    return (
+        sum(math.isinf(new) and math.isfinite(old) for old, new in pairs),
+        sum(new == 0 and old != 0 for old, new in pairs),
+    )
 
 
 def disagreements(plan: CastPlan, cases: list[Case]) -> list[str]:

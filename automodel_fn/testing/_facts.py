@@ -18,7 +18,8 @@ class Fact:
     """What one name of a model stands for.
 
     `bits_where_shared` are further bits that an element may have, each for all elements: where
-    views overlap, one piece of memory has to serve them all.
+    views overlap, one piece of memory has to serve them all. `attached` are its Python attributes
+    and its hooks.
     """
 
     tensor: torch.Tensor = attrs.field(eq=False, repr=False)
@@ -31,6 +32,7 @@ class Fact:
     bits: torch.Tensor | None = attrs.field(eq=False, repr=False)
     grad: Fact | None = attrs.field(eq=False, repr=False)
     bits_where_shared: tuple[torch.Tensor, ...] = attrs.field(default=(), eq=False, repr=False)
+    attached: tuple[object, ...] = attrs.field(default=(), eq=False, repr=False)
 
 
 Facts = Mapping[str, Fact]
@@ -49,6 +51,11 @@ def fact_of(tensor: torch.Tensor) -> Fact:
         requires_grad=tensor.requires_grad,
         bits=bits_of(tensor) if plain and not tensor.is_meta else None,
         grad=None if tensor.grad is None else fact_of(tensor.grad),
+        attached=(
+            *sorted(vars(tensor).items()),
+            *(tensor._backward_hooks or {}).items(),
+            *(tensor._post_accumulate_grad_hooks or {}).items(),
+        ),
     )
 
 
@@ -73,12 +80,27 @@ def values_differ(found: Facts, expected: Facts) -> Iterator[str]:
     yield from _each(found, expected, _value_differs)
 
 
+def objects_differ(found: Facts, expected: Facts) -> Iterator[str]:
+    """Every name that stands for another tensor, or whose tensor has another gradient or hook."""
+    yield from _each(found, expected, _object_differs)
+
+
+def _object_differs(now: Fact, then: Fact) -> str:
+    if now.tensor is not then.tensor:
+        return "is another tensor object"
+    if now.attached != then.attached:
+        return "has other attributes or hooks"
+    if now.grad is not None and then.grad is not None and now.grad.tensor is not then.grad.tensor:
+        return "has another tensor object as its gradient"
+    return ""
+
+
 def all_differs(found: Facts, expected: Facts) -> Iterator[str]:
     """Every name that stands for another tensor, another piece of memory, or another value."""
 
     def differs(now: Fact, then: Fact) -> str:
-        if now.tensor is not then.tensor:
-            return "is another tensor object"
+        if text := _object_differs(now, then):
+            return text
         if (now.storage, now.offset, now.stride) != (then.storage, then.offset, then.stride):
             return "lies in other memory"
         return _value_differs(now, then)

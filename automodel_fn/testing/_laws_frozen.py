@@ -9,7 +9,7 @@ from automodel_fn.cast._planners import frozen_cast_plan
 from automodel_fn.plans import apply
 from automodel_fn.testing._expected import disagreements, expected_frozen, facts_after, targets_of
 from automodel_fn.testing._facts import demand_none, facts_of, values_differ
-from automodel_fn.testing._laws_cast import demand_aliases
+from automodel_fn.testing._laws_cast import demand_aliases, demand_same_objects
 from automodel_fn.testing._twin import twin_of
 
 
@@ -43,3 +43,4 @@ def check_frozen_plan(
     after = facts_of(twin)
     demand_none(f"the frozen cast (mixed={mixed!r})", values_differ(after, expected))
     demand_aliases(after, before)
+    demand_same_objects(after, before)

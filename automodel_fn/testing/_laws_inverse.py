@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._planners import cast_plan
 from automodel_fn.errors import StalePlanError
 from automodel_fn.plans import apply
@@ -18,7 +19,7 @@ from automodel_fn.testing._facts import (
     facts_of,
     values_differ,
 )
-from automodel_fn.testing._laws_cast import demand_aliases
+from automodel_fn.testing._laws_cast import demand_aliases, demand_same_objects
 from automodel_fn.testing._twin import tensors_of, twin_of
 
 
@@ -48,12 +49,10 @@ def check_inverse(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> 
     after = facts_of(twin)
     demand_none("the inverse did not bring the dtypes back", values_differ(after, expected))
     demand_aliases(after, before)
-    again = plan.inverse().inverse()
-    demand(
-        [(e.names, e.from_dtype, e.to_dtype) for e in again.entries]
-        == [(e.names, e.from_dtype, e.to_dtype) for e in plan.entries],
-        "the inverse of the inverse is another plan",
-    )
+    demand_same_objects(after, before)
+    demand(plan.inverse().inverse() == plan, "the inverse of the inverse is another plan")
+    read = CastPlan.from_json(plan.inverse().to_json())
+    demand(read.inverse() == plan, "an inverse from JSON has another plan as its inverse")
 
 
 def check_undo(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> None:
@@ -77,6 +76,7 @@ def check_undo(model: nn.Module, dtype: torch.dtype, **plan_options: Any) -> Non
     after = facts_of(twin)
     demand_none("undo did not bring the model back", values_differ(after, before))
     demand_aliases(after, before)
+    demand_same_objects(after, before)
     try:
         report.undo()
     except StalePlanError:

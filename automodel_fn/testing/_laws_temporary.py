@@ -13,7 +13,7 @@ from automodel_fn.testing._expected import (
     targets_of,
 )
 from automodel_fn.testing._facts import Facts, demand, demand_none, facts_of, values_differ
-from automodel_fn.testing._laws_cast import demand_aliases
+from automodel_fn.testing._laws_cast import demand_aliases, demand_same_objects
 from automodel_fn.testing._twin import tensors_of, twin_of
 
 
@@ -49,6 +49,7 @@ def check_temporary_cast(
         after = facts_of(twin)
         demand_none("after a temporary cast the model is another", values_differ(after, expected))
         demand_aliases(after, before)
+        demand_same_objects(after, before)
     if then is None:
         _check_edits(model, dtype)
 
@@ -68,6 +69,7 @@ def _run_block(twin: nn.Module, dtype: torch.dtype, then: torch.dtype | None, ra
             found = facts_of(twin)
             demand_none("inside a temporary cast", values_differ(found, inside))
             demand_aliases(found, before)
+            demand_same_objects(found, before)
             if raises:
                 raise _Injected
     except _Injected:
@@ -88,7 +90,8 @@ def _check_edits(model: nn.Module, dtype: torch.dtype) -> None:
         inside, outside = dict(tensors_of(twin)), dict(tensors_of(wanted))
         for name in cast:
             tensor = inside[name]
-            if tensor.numel() and not tensor.is_meta:
+            # An expanded tensor has memory of its own for each element once it is cast.
+            if tensor.numel() and not tensor.is_meta and 0 not in outside[name].stride():
                 place = (0,) * tensor.dim()
                 value = 5.0 if tensor[place] == 3.0 else 3.0
                 tensor[place], outside[name][place] = value, value

@@ -8,15 +8,24 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from automodel_fn.testing._parts import WRAPPERS, Made, Part
+from automodel_fn.testing._parts import (
+    PARAMETRIZATIONS,
+    WRAPPERS,
+    Made,
+    Part,
+    mark,
+    parametrized,
+)
 from automodel_fn.testing._strategies_tensors import CORNERS, corner_tensor, laid_out
 
 _NAMES = ("weight", "bias", "scale", "table")
-_CHILDREN = ("linear", "norm", "wo", "word_embeddings", "module")
-_KEYWORDS = ("norm", "wo", "bias", "scale", "gate")
-_CONTAINERS: tuple[Callable[[Sequence[str]], object], ...] = (list, tuple, set)
-_LAYOUTS = ("contiguous", "transposed", "sliced")
-_SHAPES = ((3,), (2, 4), (), (0, 2), (17,))
+_CHILDREN = ("linear", "norm", "wo", "word_embeddings", "module", "base_model", "model")
+# The last two tell the name of a parametrization's original from that of what it stands for.
+_KEYWORDS = ("norm", "wo", "bias", "scale", "gate", "linear.weight", "parametrizations")
+_CONTAINERS: tuple[Callable[[Sequence[str]], object], ...] = (list, tuple, set, frozenset)
+_DECLARATIONS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+_LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last", "expanded")
+_SHAPES = ((3,), (2, 4), (), (0, 2), (17,), (2, 2, 1, 3))
 # Mostly what is cast, so that a small model shows what matters.
 _DTYPES = (*[torch.float32] * 8, torch.bfloat16, torch.float16, *CORNERS)
 
@@ -25,11 +34,13 @@ _DTYPES = (*[torch.float32] * 8, torch.bfloat16, torch.float16, *CORNERS)
 def models(draw: st.DrawFn) -> nn.Module:
     """Small module trees; the simplest is one module without tensors.
 
-    They have ties across and inside modules, shared buffers, views of one storage (also in two
-    dtypes), a module under two names, buffers that are not persistent, None entries, wrappers
-    (compile, checkpoint, DataParallel), transposed and sliced strides, all kinds of dtypes,
-    trainable and frozen parameters, gradients, and fp32 pins declared by list, tuple or set, on
-    the model and on its parts. Values are the corners of each dtype.
+    They have ties across and inside modules, shared buffers (also with a parameter), views of one
+    storage (also in two dtypes), a module under two names, buffers that are not persistent, None
+    entries, parametrizations, wrappers (compile, checkpoint, DataParallel, DDP, FSDP1, PEFT) and
+    children with such names, transposed, sliced, expanded and channels-last strides, all kinds of
+    dtypes, trainable and frozen tensors, gradients (also one for two parameters), hooks and Python
+    attributes on tensors, and overlapping fp32 pins declared by list, tuple or set, on the model
+    and on its parts. Values are the corners of each dtype.
 
     Args:
         draw: Given by hypothesis.
@@ -61,9 +72,11 @@ def _module(draw: st.DrawFn, made: Made, depth: int) -> nn.Module:
 
 
 def _child(draw: st.DrawFn, made: Made, depth: int) -> nn.Module | None:
-    kind = draw(st.sampled_from(("new", "new", "wrapped", "again", "none")))
+    kind = draw(st.sampled_from(("new", "new", "wrapped", "again", "parametrized", "none")))
     if kind == "none":
         return None
+    if kind == "parametrized":
+        return parametrized(draw(st.sampled_from(tuple(PARAMETRIZATIONS))))
     if kind == "again" and made.modules:
         return draw(st.sampled_from(made.modules))
     module = _module(draw, made, depth)
@@ -73,13 +86,9 @@ def _child(draw: st.DrawFn, made: Made, depth: int) -> nn.Module | None:
 
 
 def _declare(draw: st.DrawFn, module: nn.Module) -> None:
-    keywords = draw(st.lists(st.sampled_from(_KEYWORDS), max_size=2, unique=True))
-    if not keywords:
-        return
-    container = draw(st.sampled_from(_CONTAINERS))
-    is_strict = draw(st.booleans())
-    attribute = "_keep_in_fp32_modules_strict" if is_strict else "_keep_in_fp32_modules"
-    vars(module)[attribute] = container(keywords)
+    for attribute in draw(st.lists(st.sampled_from(_DECLARATIONS), max_size=2, unique=True)):
+        keywords = draw(st.lists(st.sampled_from(_KEYWORDS), min_size=1, max_size=2, unique=True))
+        vars(module)[attribute] = draw(st.sampled_from(_CONTAINERS))(keywords)
 
 
 def _data(draw: st.DrawFn) -> torch.Tensor:
@@ -106,14 +115,17 @@ def _register(
     *,
     is_parameter: bool,
 ) -> torch.Tensor:
+    is_trainable = (data.dtype.is_floating_point or data.dtype.is_complex) and draw(st.booleans())
     if not is_parameter:
+        data = data.detach().requires_grad_(is_trainable and draw(st.integers(0, 3)) == 3)
         module.register_buffer(name, data, persistent=draw(st.booleans()))
         made.buffers.append(data)
         return data
-    is_float = data.dtype.is_floating_point or data.dtype.is_complex
-    parameter = nn.Parameter(data, requires_grad=is_float and draw(st.booleans()))
-    if parameter.requires_grad and draw(st.booleans()):
-        parameter.grad = data.detach().clone()
+    parameter = nn.Parameter(data, requires_grad=is_trainable)
+    if is_trainable and draw(st.booleans()):
+        parameter.grad = draw(st.sampled_from((data.detach().clone(), *made.gradients_like(data))))
+    if draw(st.integers(0, 3)) == 3:
+        mark(parameter)
     module.register_parameter(name, parameter)
     made.parameters.append(parameter)
     return parameter
@@ -128,7 +140,8 @@ def _tie(draw: st.DrawFn, module: nn.Module, name: str, made: Made) -> torch.Ten
 def _shared_buffer(
     draw: st.DrawFn, module: nn.Module, name: str, made: Made
 ) -> torch.Tensor | None:
-    shared = draw(st.sampled_from(made.buffers)) if made.buffers else None
+    known = [*made.buffers, *made.parameters]
+    shared = draw(st.sampled_from(known)) if known else None
     module.register_buffer(name, shared, persistent=draw(st.booleans()))
     return shared
 

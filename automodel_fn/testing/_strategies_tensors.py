@@ -21,13 +21,27 @@ CORNERS: dict[torch.dtype, tuple[int, ...]] = {
         0x3F818000,  # halfway between two bf16, to even is up
         0x7F7FFFFF,  # the largest float32, which rounds to inf
         0x38801000,  # halfway between two fp16
+        0x477FF000,  # 65520, the smallest that fp16 makes infinite
+        0xB3000000,  # -(2**-25), the largest that fp16 makes zero
     ),
-    torch.bfloat16: (0x3F81, 0x8000, 0x0001, 0x7F80, 0x7F81, 0xFFC5, 0x7F7F, 0x0080),
+    torch.bfloat16: (
+        0x3F81,
+        0x8000,
+        0x0001,
+        0x7F80,
+        0x7F81,
+        0xFFC5,
+        0x7F7F,
+        0x0080,
+        0x4780,
+        0x3300,
+    ),
     torch.float16: (0x3C01, 0x8000, 0x0001, 0x7C00, 0x7C01, 0xFE05, 0x7BFF, 0x0400),
     torch.float64: (0x3FF0000000000001, 1 << 63, 1, 0x7FF0000000000001, 0xFFF8000000001234),
     torch.complex64: (0x3F802FFF_80000000, 0x80000000_7F800123, 0x00000001_3F808000),
     torch.float8_e4m3fn: (0x39, 0x80, 0x01, 0x7F, 0xFF),
     torch.float8_e5m2: (0x3D, 0x80, 0x01, 0x7C, 0x7D, 0xFE),
+    torch.float8_e8m0fnu: (0x7F, 0x00, 0xFF),
     torch.int64: (3, 0xFFFFFFFFFFFFFFFF, 1 << 63, 0),
     torch.int32: (3, 0xFFFFFFFF, 1 << 31, 0),
     torch.uint8: (3, 255, 0),
@@ -93,7 +107,7 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 @st.composite
 def tensors(draw: st.DrawFn, dtype: torch.dtype) -> torch.Tensor:
-    """Tensors of small shapes; contiguous, transposed, or every other column of a wider one.
+    """Tensors of small shapes; contiguous, transposed, every other column of a wider one, expanded.
 
     Values are random bits and, more often, the corners: -0.0, subnormals, infinities, NaNs with
     payloads, ties of the rounding to bf16 and fp16.
@@ -108,7 +122,7 @@ def tensors(draw: st.DrawFn, dtype: torch.dtype) -> torch.Tensor:
         tensor([nan])
     """
     shape = draw(shapes())
-    layout = draw(st.sampled_from(["contiguous", "transposed", "sliced"]))
+    layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]))
     wide = (*shape[:-1], shape[-1] * 2) if layout == "sliced" and shape else shape
     corners = st.sampled_from(CORNERS[dtype])
     value = corners if dtype == torch.bool else corners | st.integers(0, 256**dtype.itemsize - 1)
@@ -118,14 +132,23 @@ def tensors(draw: st.DrawFn, dtype: torch.dtype) -> torch.Tensor:
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """A view of the tensor: transposed, every other column ("sliced"), or itself.
+    """A tensor of the same or fewer elements in another layout, where its shape has that one.
+
+    "transposed" is of two dimensions, "channels_last" of four; "sliced" is every other column;
+    "expanded" is the first column again and again, without memory for each.
 
     Example:
         >>> laid_out(torch.zeros(2, 4), "sliced").stride()
         (4, 2)
+        >>> laid_out(torch.zeros(2, 4), "expanded").stride()
+        (4, 0)
     """
     if layout == "transposed" and tensor.dim() == 2:
         return tensor.t()
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.movedim(-1, 1)
     if layout == "sliced" and tensor.dim():
         return tensor[..., ::2]
+    if layout == "expanded" and tensor.dim():
+        return tensor[..., :1].expand(tensor.shape)
     return tensor

@@ -55,7 +55,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def twin_of(model: ModuleT, device: str | None = None) -> ModuleT:
-    """A copy with the same ties, views of one storage, strides, bits and gradients.
+    """A copy with the same ties, views of one storage, strides, bits, gradients and hooks.
 
     Tensors of a subclass with a representation of its own are copied as `copy.deepcopy` does it.
 
@@ -70,30 +70,47 @@ def twin_of(model: ModuleT, device: str | None = None) -> ModuleT:
         >>> storage_key(first) == storage_key(second) != storage_key(flat)
         True
     """
-    storages: dict[int, torch.UntypedStorage] = {}
+    twins = _Twins(device)
     memo: dict[int, object] = {}
     for _, tensor in tensors_of(model):
-        if id(tensor) not in memo and is_plain(tensor):
-            memo[id(tensor)] = _twin_tensor(tensor, storages, device)
+        if is_plain(tensor):
+            memo[id(tensor)] = twins.of(tensor)
     return copy.deepcopy(model, memo)
 
 
-def _twin_tensor(
-    tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage], device: str | None
-) -> torch.Tensor:
-    place = torch.device(device) if device else tensor.device
-    key = storage_key(tensor)
-    if key not in storages:
-        source = tensor.untyped_storage()
-        if place.type == "meta":
-            storages[key] = torch.UntypedStorage(source.nbytes(), device="meta")
-        else:
-            storages[key] = source.clone()
-    data = torch.empty(0, dtype=tensor.dtype, device=place).set_(
-        storages[key], tensor.storage_offset(), tensor.shape, tensor.stride()
-    )
-    fresh = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad)
-    vars(fresh).update(vars(tensor))
-    if tensor.grad is not None:
-        fresh.grad = _twin_tensor(tensor.grad, storages, device)
-    return fresh
+class _Twins:
+    """Twins of tensors: one each, on one new storage for each of theirs."""
+
+    def __init__(self, device: str | None) -> None:
+        self._device = device
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._known: dict[int, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._known:
+            self._known[id(tensor)] = self._made(tensor)
+        return self._known[id(tensor)]
+
+    def _made(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = torch.device(self._device) if self._device else tensor.device
+        data = torch.empty(0, dtype=tensor.dtype, device=place).set_(
+            self._storage(tensor, place), tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        fresh = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad)
+        vars(fresh).update(vars(tensor))
+        for hook in (tensor._backward_hooks or {}).values():
+            fresh.register_hook(hook)
+        for hook in (tensor._post_accumulate_grad_hooks or {}).values():
+            fresh.register_post_accumulate_grad_hook(hook)
+        if tensor.grad is not None:
+            fresh.grad = self.of(tensor.grad)
+        return fresh
+
+    def _storage(self, tensor: torch.Tensor, place: torch.device) -> torch.UntypedStorage:
+        key, source = storage_key(tensor), tensor.untyped_storage()
+        if key not in self._storages:
+            is_meta = place.type == "meta"
+            self._storages[key] = (
+                torch.UntypedStorage(source.nbytes(), device="meta") if is_meta else source.clone()
+            )
+        return self._storages[key]

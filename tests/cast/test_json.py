@@ -22,9 +22,24 @@ def test_json_round_trips(zoo):
     assert CastPlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("plan", [CastPlan(()), planned().inverse(), cast_plan(nn.Module(), fp16)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        CastPlan(()),
+        planned().inverse(),
+        planned().inverse().inverse(),
+        cast_plan(make().to(bf16), bf16, keep_fp32="1").inverse(),
+        cast_plan(nn.Module(), fp16),
+    ],
+)
 def test_json_round_trips_at_the_edges(plan):
     assert CastPlan.from_json(plan.to_json()) == plan
+
+
+def test_an_inverse_from_json_has_the_plan_as_its_inverse():
+    plan = cast_plan(make().to(bf16), bf16, keep_fp32="1")
+
+    assert CastPlan.from_json(plan.inverse().to_json()).inverse() == plan
 
 
 def test_json_is_json_with_one_entry_a_line(zoo):
@@ -74,6 +89,8 @@ def changed(**fields):
         ({"notes": [1]}, "plan.notes=[1]"),
         ({"dtype": "bf17"}, "dtype='bf17'"),
         ({"dtype": 16}, "dtype=16"),
+        ({"inverse_of": 16}, "inverse_of=16"),
+        ({"inverse_of": "bf17"}, "plan.inverse_of"),
     ],
 )
 def test_a_malformed_plan_is_refused_and_the_place_named(fields, place):
@@ -90,7 +107,8 @@ def test_a_malformed_plan_is_refused_and_the_place_named(fields, place):
         ("shape", [-1]), ("shape", [True]), ("shape", [1.5]), ("shape", "2x2"),
         ("from_dtype", "float33"), ("from_dtype", 32), ("to_dtype", "nn"), ("to_dtype", None),
         ("action", "drop"), ("action", 1), ("reason", None), ("requires_grad", 1),
-        ("requires_grad", "true"),
+        ("requires_grad", "true"), ("inverse_of", "skip"),
+        ("inverse_of", 1), ("inverse_of", ["cast"]),
     ],
 )  # fmt: skip
 def test_a_malformed_entry_is_refused_and_the_place_named(field, value):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from automodel_fn import ConfigError, Plan, apply, bf16, cast_plan, fp16, fp32
+from automodel_fn import ConfigError, Plan, apply, bf16, cast_plan, fp16, fp32, frozen_cast_plan
 
 
 def make():
@@ -107,6 +107,55 @@ def test_an_unchanged_entry_is_its_own_inverse():
     plan = planned(skip="0", keep_fp32="1")
 
     assert plan.inverse().entries == plan.entries
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        planned(keep_fp32="1", skip="0.bias"),
+        cast_plan(make().to(bf16), fp16, keep_fp32="1"),
+        cast_plan(make().to(bf16), fp32),
+        frozen_cast_plan(make().requires_grad_(False), fp16),
+        frozen_cast_plan(make(), None),
+        attrs.evolve(
+            planned(),
+            entries=tuple(attrs.evolve(e, reason="inverse of: x") for e in planned().entries),
+        ),
+    ],
+    ids=["cast", "pins_cast_up", "widening", "frozen", "nothing", "reason_like_an_inverse"],
+)
+def test_the_inverse_of_the_inverse_is_the_plan(plan):
+    inverse = plan.inverse()
+
+    assert inverse.inverse() == plan
+    assert inverse.inverse().inverse() == inverse
+
+
+def test_the_inverse_of_a_pin_that_was_cast_up_is_a_cast(entry_of):
+    plan = cast_plan(make().to(bf16), bf16, keep_fp32="1")
+
+    entry = entry_of(plan.inverse(), "1.weight")
+
+    assert (entry.from_dtype, entry.to_dtype) == (fp32, bf16)
+    assert (entry.action, entry.inverse_of) == ("cast", "keep")
+
+
+def test_the_inverse_of_the_inverse_casts_the_same_model():
+    model = make()
+    plan = cast_plan(model, bf16)
+
+    apply(plan)
+    apply(plan.inverse())
+    apply(plan.inverse().inverse())
+
+    assert {p.dtype for p in model.parameters()} == {bf16}
+
+
+def test_a_pin_that_is_cast_to_less_is_refused():
+    entry = planned(keep_fp32="1").entries[2]
+
+    with pytest.raises(ConfigError, match="keep float32 to bfloat16"):
+        attrs.evolve(entry, to_dtype=bf16)
 
 
 def test_a_plan_does_not_keep_its_model_alive():

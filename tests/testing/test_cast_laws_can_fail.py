@@ -1,9 +1,13 @@
+import contextlib
+
+import attrs
 import pytest
 import torch
 from torch import nn
 
-from automodel_fn import apply, bf16, cast_plan
+from automodel_fn import apply, bf16, cast_plan, restore
 from automodel_fn.testing import check_aliases_kept, check_all_or_nothing, check_cast_exact
+from automodel_fn.testing._twin import tensors_of
 
 
 def rounds_a_pin(model):
@@ -129,7 +133,14 @@ def never_raising(plan, model, **options):
         return None
 
 
-def always_finishing(plan, model, *, keep_originals):
+def never_interrupted(plan, model, **options):
+    try:
+        return apply(plan, model, **options)
+    except KeyboardInterrupt:
+        return None
+
+
+def always_finishing(plan, model, *, keep_originals=False):
     try:
         return apply(plan, model, keep_originals=keep_originals)
     except MemoryError:
@@ -138,12 +149,83 @@ def always_finishing(plan, model, *, keep_originals):
         raise
 
 
-@pytest.mark.parametrize("wrong", [without_a_way_back, never_raising, always_finishing])
+def dropping_hooks_on_failure(plan, model, **options):
+    try:
+        return apply(plan, model, **options)
+    except KeyboardInterrupt:
+        vars(model["wo"].weight).clear()
+        raise
+
+
+def with_an_undo_in_two_steps(plan, model, **options):
+    report = apply(plan, model, **options)
+
+    def undo():
+        report.undo()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+    def undo_and_move():
+        model.wide.data = model.wide.data.add(1)
+        report.undo()
+        model.wide.data = model.wide.data.sub(1)
+
+    return attrs.evolve(report, undo_cast=undo_and_move if options else undo)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        without_a_way_back,
+        never_raising,
+        never_interrupted,
+        always_finishing,
+        dropping_hooks_on_failure,
+        with_an_undo_in_two_steps,
+    ],
+)
 def test_a_cast_that_stops_in_between_is_told(model, stand_in, wrong):
+    model["wo"].weight.is_marked = True
     check_all_or_nothing(model, bf16)
     stand_in("atomic", "apply", wrong)
-    with pytest.raises(AssertionError, match=r"conversion|left and right"):
+    with pytest.raises(AssertionError, match=r"operation|left and right|attributes"):
         check_all_or_nothing(model, bf16)
+
+
+def restore_one_by_one(saved, model):
+    for one in saved.tensors:
+        tensor = dict(tensors_of(model))[one.names[0]]
+        tensor.data = one.data.clone()
+
+
+def restore_silently(saved, model):
+    with contextlib.suppress(MemoryError):
+        restore(saved, model)
+
+
+@pytest.mark.parametrize("wrong", [restore_one_by_one, restore_silently])
+def test_a_restore_that_stops_in_between_is_told(model, stand_in, wrong):
+    stand_in("atomic", "restore", wrong)
+    with pytest.raises(AssertionError, match=r"restore: Injected|left and right"):
+        check_all_or_nothing(model, bf16, effects=["restore"])
+
+
+@contextlib.contextmanager
+def one_by_one(model, dtype):
+    before = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.data = parameter.data.to(dtype)
+    yield
+    for parameter, data in zip(model.parameters(), before, strict=True):
+        parameter.data = data + 0
+
+
+@pytest.mark.parametrize("effect", ["enter temporary_cast", "leave temporary_cast"])
+def test_a_temporary_cast_that_stops_in_between_is_told(stand_in, effect):
+    stand_in("atomic", "temporary_cast", one_by_one)
+    with pytest.raises(AssertionError, match=f"{effect}: Injected"):
+        check_all_or_nothing(nn.Linear(2, 2), bf16, effects=[effect])
 
 
 def test_laws_leave_the_model_that_they_are_given_alone(model):
@@ -153,7 +235,8 @@ def test_laws_leave_the_model_that_they_are_given_alone(model):
     assert {name: (id(p), p.dtype, p._version) for name, p in model.named_parameters()} == before
 
 
-def test_places_to_fail_can_be_limited(stand_in):
+@pytest.mark.parametrize("max_places", [1, 3])
+def test_places_to_fail_can_be_limited(stand_in, max_places):
     tried = []
 
     def counted(plan, model, **options):
@@ -161,5 +244,6 @@ def test_places_to_fail_can_be_limited(stand_in):
         return apply(plan, model, **options)
 
     stand_in("atomic", "apply", counted)
-    check_all_or_nothing(nn.Sequential(*[nn.Linear(1, 1) for _ in range(9)]), bf16, max_places=3)
-    assert len(tried) == 2 * (1 + 3)
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(9)])
+    check_all_or_nothing(model, bf16, effects=["apply"], max_places=max_places)
+    assert 2 * 2 <= len(tried) <= 2 * (1 + max_places)

@@ -125,6 +125,54 @@ def half_pinned_storage(model):
     return any("shares its storage" in e.reason and e.action == "keep" for e in entries)
 
 
+def buffer_that_is_a_parameter(model):
+    return any(isinstance(b, nn.Parameter) for b in buffers(model))
+
+
+def trainable_buffer(model):
+    return any(b.requires_grad and not isinstance(b, nn.Parameter) for b in buffers(model))
+
+
+def one_gradient_for_two(model):
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return len({id(g) for g in grads}) < len(grads)
+
+
+def expanded(model):
+    return any(0 in t.stride() and t.numel() > 1 for t in all_tensors(model))
+
+
+def expanded_in_a_shared_storage(model):
+    return any(0 in (*a.stride(), *b.stride()) and a.dtype == b.dtype for a, b in sharing(model))
+
+
+def channels_last(model):
+    def is_channels_last(t):
+        return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+    return any(is_channels_last(t) for t in all_tensors(model) if t.dim() == 4)
+
+
+def marked(model):
+    return any(vars(p) and p._backward_hooks for p in model.parameters())
+
+
+def overlapping_pins(model):
+    return any(
+        len([k for k in vars(m) if k.startswith("_keep_in_fp32")]) == 2 for m in model.modules()
+    )
+
+
+def pinned_parametrization(model):
+    entries = cast_plan(model, bf16).entries
+    return any("parametrizations" in e.name and e.action == "keep" for e in entries)
+
+
+def look_alike_of_a_wrapper(model):
+    names = [e.name for e in cast_plan(model, bf16).entries]
+    return any(".module." in f".{name}" or ".base_model." in f".{name}" for name in names)
+
+
 FEATURES = (
     tie_across_modules,
     tie_inside_a_module,
@@ -140,6 +188,16 @@ FEATURES = (
     sliced,
     pin_by_an_alias,
     half_pinned_storage,
+    buffer_that_is_a_parameter,
+    trainable_buffer,
+    one_gradient_for_two,
+    expanded,
+    expanded_in_a_shared_storage,
+    channels_last,
+    marked,
+    overlapping_pins,
+    pinned_parametrization,
+    look_alike_of_a_wrapper,
 )
 
 
@@ -152,19 +210,36 @@ def test_models_have(feature):
     assert isinstance(found(models(), feature), nn.Module)
 
 
-@pytest.mark.parametrize("wrapper", ["Compiled", "CheckpointWrapper", "DataParallel"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["Compiled", "CheckpointWrapper", "DataParallel", "Replicated", "Sharded", "Adapted"],
+)
 def test_models_have_wrappers_below_the_root(wrapper):
     found(models(), lambda model: below_the_root(model, wrapper))
 
 
+@pytest.mark.parametrize("layer", ["weight_norm", "orthogonal", "Doubled"])
+def test_models_have_parametrizations(layer):
+    kinds = {"weight_norm": "_WeightNorm", "orthogonal": "_Orthogonal", "Doubled": "Doubled"}
+    found(models(), lambda model: below_the_root(model, kinds[layer]))
+
+
 @pytest.mark.parametrize("below", [False, True])
-@pytest.mark.parametrize("kind", [list, tuple, set])
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
 def test_models_declare_pins(kind, below):
     found(models(), declares(kind, below))
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.complex64, torch.float8_e4m3fn, torch.int64, torch.bool]
+    "dtype",
+    [
+        torch.float64,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e8m0fnu,
+        torch.int64,
+        torch.bool,
+    ],
 )
 def test_models_have_tensors_that_are_not_cast(dtype):
     def has(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from automodel_fn import apply, bf16, cast_plan, frozen_cast_plan
+from automodel_fn import StalePlanError, apply, bf16, cast_plan, frozen_cast_plan
 from automodel_fn.testing import check_frozen_plan, check_inverse, check_plan_is_pure, check_undo
 
 
@@ -38,6 +38,20 @@ def casts_at_once(model, dtype):
     return plan
 
 
+def keeps_the_order(model, dtype):
+    notes = tuple(vars(model).get("_keep_in_fp32_modules", ()))
+    return attrs.evolve(cast_plan(model, dtype), notes=notes)
+
+
+def knows_lists_only(model, dtype):
+    skip = () if isinstance(vars(model).get("_keep_in_fp32_modules"), list) else "norm"
+    return cast_plan(model, dtype, skip=skip)
+
+
+def looks_at_identities(model, dtype):
+    return attrs.evolve(cast_plan(model, dtype), notes=(str(id(model)),))
+
+
 numbers = itertools.count()
 
 
@@ -54,9 +68,13 @@ def differs_each_time(model, dtype):
         leaves_an_attribute,
         casts_at_once,
         differs_each_time,
+        keeps_the_order,
+        knows_lists_only,
+        looks_at_identities,
     ],
 )
 def test_a_plan_that_is_not_pure_is_told(model, stand_in, planner):
+    model._keep_in_fp32_modules = ["norm", "nor"]
     check_plan_is_pure(model, bf16)
     stand_in("plan", "cast_plan", planner)
     with pytest.raises(AssertionError, match="plan"):
@@ -78,10 +96,48 @@ def casts_before_it_refuses(plan, model=None):
     return apply(plan, model)
 
 
-@pytest.mark.parametrize("wrong", [replans, needs_no_model, casts_before_it_refuses])
+def lists_the_first_alone(plan, model=None):
+    try:
+        return apply(plan, model)
+    except StalePlanError as error:
+        raise StalePlanError("\n".join(str(error).splitlines()[:2])) from None
+
+
+def applies_again(plan, model=None):
+    if model is not None:
+        held = dict(model.named_parameters(remove_duplicate=False))
+        changed = [e for e in plan.entries if e.changes and e.name in held]
+        if changed and all(held[e.name].dtype == e.to_dtype for e in changed):
+            return None
+    return apply(plan, model)
+
+
+def ignores(field):
+    def apply_anyway(plan, model=None):
+        try:
+            return apply(plan, model)
+        except StalePlanError as error:
+            if all(f": {field} " in line for line in str(error).splitlines()[1:-1]):
+                return None
+            raise
+
+    return apply_anyway
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        replans,
+        needs_no_model,
+        casts_before_it_refuses,
+        lists_the_first_alone,
+        applies_again,
+        *map(ignores, ("dtype", "shape", "names", "requires_grad", "presence")),
+    ],
+)
 def test_an_apply_that_does_not_refuse_is_told(model, stand_in, wrong):
     stand_in("plan", "apply", wrong)
-    with pytest.raises(AssertionError, match=r"refused|without a model"):
+    with pytest.raises(AssertionError, match=r"refused|without"):
         check_plan_is_pure(model, bf16)
 
 
