@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import attrs
 import torch
@@ -13,6 +14,11 @@ from automodel_fn.cast._plan import TensorCast
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import ModelScan
 from automodel_fn.dtypes import dtype_name, is_wider
+
+_TORCHS_FUNCTIONS: tuple[Any, ...] = (
+    cast(Any, torch.Tensor).__torch_function__.__func__,
+    cast(Any, torch.nn.Parameter).__torch_function__,
+)
 
 
 @attrs.frozen
@@ -43,7 +49,8 @@ class Conversion:
             tensors=self.tensors,
             make=lambda: converted(self.tensors, self.to_dtype),
             num_bytes=numel * self.to_dtype.itemsize,
-            can_finish=not is_wider(self.to_dtype, self.from_dtype),
+            can_finish=not is_wider(self.to_dtype, self.from_dtype)
+            and all(_has_torchs_functions(tensor) for tensor in self.tensors),
         )
 
 
@@ -93,6 +100,12 @@ def _belongings(
             is_alike = isinstance(value, torch.Tensor) and value.shape == tensor.shape
             if is_alike and key != "step" and value.dtype == entry.from_dtype:
                 yield f"{entry.name} ({key})", value
+
+
+def _has_torchs_functions(tensor: torch.Tensor) -> bool:
+    """Whether no subclass has a word in its conversion, and could refuse it again and again."""
+    function: Any = type(tensor).__torch_function__
+    return getattr(function, "__func__", function) in _TORCHS_FUNCTIONS
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
