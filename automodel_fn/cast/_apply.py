@@ -10,9 +10,10 @@ from operator import attrgetter
 
 from torch import nn
 
+from automodel_fn.cast._batches import conversions_of
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
-from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
+from automodel_fn.cast._conversions import Conversion, dry_run
 from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._range import RangeCount, range_note

@@ -19,6 +19,8 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     """Each tensor in `dtype`, in a storage of its own."""
     # Not by no_grad: interrupted as it begins it would stay.
     data = tuple([tensor.data for tensor in tensors])
+    if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
+        return tuple(tensor.to(dtype) for tensor in data)
     if data[0].is_cuda and len(data) > 1:
         return _converted_together(data, dtype)
     return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), data))

@@ -1,8 +1,8 @@
 """What a cast to float16 takes out of range, counted while it is done.
 
 Float16 ends at 65504 and has nothing between 0 and 6e-8, so that finite values become infinite and
-small ones zero without an error. Bfloat16 has the range of float32 but for its last 0.4 %: casts to
-it are not counted, and cost nothing more.
+small ones zero without an error. Bfloat16 has the range of float32 but for the last 0.2 % and the
+smallest subnormals: casts to it are not counted, and cost nothing more.
 """
 
 from __future__ import annotations

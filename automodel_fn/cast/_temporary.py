@@ -9,14 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from automodel_fn.cast._batches import conversions_of
 from automodel_fn.cast._bits import merged, same_bits
-from automodel_fn.cast._conversions import (
-    Conversion,
-    conversions_of,
-    dry_run,
-    each_with_data,
-    gradient_of,
-)
+from automodel_fn.cast._conversions import Conversion, dry_run, each_with_data, gradient_of
 from automodel_fn.cast._convert import converted, converted_views, write
 from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._planners import cast_plan, uniform_plan

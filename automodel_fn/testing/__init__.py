@@ -14,6 +14,7 @@ from automodel_fn.testing._laws_atomic import InjectedError, InjectedInterrupt, 
 from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
 from automodel_fn.testing._laws_frozen import check_frozen_plan
 from automodel_fn.testing._laws_inverse import check_inverse, check_undo
+from automodel_fn.testing._laws_notes import check_notes
 from automodel_fn.testing._laws_ops import (
     check_lm_head_logits,
     check_rms_norm,
@@ -48,6 +49,7 @@ __all__ = [
     "check_frozen_plan",
     "check_inverse",
     "check_lm_head_logits",
+    "check_notes",
     "check_patch_passes_step",
     "check_patch_reversible",
     "check_plan_is_pure",

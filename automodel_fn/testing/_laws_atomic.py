@@ -18,6 +18,7 @@ from automodel_fn.cast._temporary import temporary_cast
 from automodel_fn.plans import apply
 from automodel_fn.testing._facts import Facts, demand, facts_of, values_differ
 from automodel_fn.testing._laws_cast import demand_aliases, demand_same_objects
+from automodel_fn.testing._oracle import CASTABLE
 from automodel_fn.testing._twin import is_plain, tensors_of, twin_of
 
 
@@ -101,7 +102,8 @@ def _dtype_of(plan: CastPlan) -> torch.dtype:
 def _edit(model: nn.Module) -> None:
     with torch.no_grad():
         for _, tensor in tensors_of(model):
-            if is_plain(tensor) and tensor.dim() and tensor.numel() and not tensor.is_meta:
+            is_edited = is_plain(tensor) and tensor.dtype in CASTABLE and not tensor.is_meta
+            if is_edited and tensor.numel():
                 tensor[(0,) * tensor.dim()] = 1
 
 

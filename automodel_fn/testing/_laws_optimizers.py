@@ -73,9 +73,11 @@ def _check_way(
 ) -> None:
     at = way.__name__.strip("_").replace("_", " ")
     twin = twin_of(model)
-    optimizer = make_optimizer(_trained(twin))
-    _step(optimizer, _trained(twin))
+    trained = _trained(twin)
+    optimizer = make_optimizer(trained)
+    _step(optimizer, trained)
     other, state = twin_of(twin), copy.deepcopy(optimizer.state_dict())
+    also_trained = _trained(other)
     before = dict(_states(optimizer))
 
     way(twin, cast_plan(twin, dtype, optimizers=[optimizer], **plan_options))
@@ -84,33 +86,32 @@ def _check_way(
     replaced = (key for key in before if after[key] is not before[key])
     demand_none(f"{at}: state that is another object", map(str, replaced))
 
-    expected = _loaded(other, state, dtype, make_optimizer, plan_options, way)
+    plan = cast_plan(other, dtype, **plan_options)
+    expected = _loaded(plan, other, state, lambda: make_optimizer(also_trained), way)
     demand_none(f"{at}: state", _states_differ(optimizer, expected))
-    _step(optimizer, _trained(twin))
-    _step(expected, _trained(other))
+    _step(optimizer, trained)
+    _step(expected, also_trained)
     demand_none(f"{at}, then a step", values_differ(facts_of(twin), facts_of(other)))
     demand_none(f"{at}, then a step: state", _states_differ(optimizer, expected))
 
 
 def _loaded(
+    plan: CastPlan,
     other: nn.Module,
     state: dict[str, Any],
-    dtype: torch.dtype,
-    make_optimizer: MakeOptimizer,
-    plan_options: dict[str, Any],
+    make_optimizer: Callable[[], Optimizer],
     way: Way,
 ) -> Optimizer:
     """An optimizer that never saw a cast: PyTorch's own loading gives its state the dtypes."""
-    plan = cast_plan(other, dtype, **plan_options)
     if way is _cast_and_back:
         apply(plan, other)
-        there = make_optimizer(_trained(other))
+        there = make_optimizer()
         there.load_state_dict(state)
         state = copy.deepcopy(there.state_dict())
         apply(plan.inverse(), other)
     else:
         way(other, plan)
-    made = make_optimizer(_trained(other))
+    made = make_optimizer()
     made.load_state_dict(state)
     return made
 

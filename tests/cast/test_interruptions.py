@@ -16,6 +16,8 @@ from automodel_fn import (
     snapshot,
     temporary_cast,
 )
+from automodel_fn.cast._batches import conversions_of
+from automodel_fn.cast._tensors import scan
 
 CONVERSION = {"aten::_to_copy"}
 COPY = {"aten::_to_copy", "aten::clone"}
@@ -217,3 +219,48 @@ def test_a_cast_that_can_never_be_finished_lists_what_is_as_before(make, state_o
     assert not {"left", "right"} & unfinished
     listed = {line.strip() for line in str(caught.value).splitlines()}
     assert listed >= {"a.weight", "b.bias", "transposed", "transposed.grad", "table"}
+
+
+class Stubborn(torch.Tensor):
+    """Can be tried with one element, but not be cast."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and args[0].numel() > 1:
+            raise ValueError("stubborn")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Special(nn.Parameter):
+    pass
+
+
+@MODES
+@pytest.mark.parametrize("place", ["a_first", "z_last"])
+def test_a_subclass_whose_conversion_raises_leaves_the_model_as_before(
+    make, state_of, keep_originals, place
+):
+    model = nn.ModuleDict({"a_first": nn.Module(), "model": make(), "z_last": nn.Module()})
+    model[place].table = nn.Buffer(torch.ones(3).as_subclass(Stubborn))
+    before = state_of(model)
+
+    with pytest.raises(ValueError, match="stubborn"):
+        apply(planned_all(model), model, keep_originals=keep_originals)
+
+    assert state_of(model).differences(before) == []
+
+
+def planned_all(model):
+    plan = cast_plan(model, bf16)
+    assert any(entry.name.endswith("table") and entry.changes for entry in plan.entries)
+    return plan
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Special])
+def test_originals_of_ordinary_parameters_are_not_kept_while_streaming(make_holder, kind):
+    model = make_holder(a=kind(torch.ones(3)), b=kind(torch.ones(4)))
+
+    conversions = conversions_of(cast_plan(model, bf16).entries, scan(model), groups=())
+
+    assert conversions
+    assert all(conversion.exchange().can_finish for conversion in conversions)

@@ -17,7 +17,7 @@ from automodel_fn import (
     frozen_cast_plan,
 )
 from automodel_fn.cast import _range
-from automodel_fn.cast._conversions import conversions_of
+from automodel_fn.cast._batches import conversions_of
 from automodel_fn.cast._range import range_loss
 from automodel_fn.cast._tensors import scan
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
 
-from automodel_fn import ConfigError
+from automodel_fn import ConfigError, apply, cast_plan
 from automodel_fn.cast._tensors import scan
 
 pytestmark = pytest.mark.usefixtures("_dynamo")
@@ -199,3 +200,18 @@ def test_a_meta_model_gives_the_same_names():
         twin = nested()
 
     assert names_of(twin) == names_of(nested())
+
+
+def test_a_model_in_ddp_has_the_names_and_pins_that_it_has_without(gloo):
+    def make():
+        model = nn.ModuleDict({"module": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+        model._keep_in_fp32_modules = ["norm"]
+        return model
+
+    wrapped = DistributedDataParallel(make())
+    plan = cast_plan(wrapped, torch.bfloat16)
+
+    assert plan == cast_plan(make(), torch.bfloat16)
+    apply(plan)
+    assert wrapped.module["module"].weight.dtype == torch.bfloat16
+    assert wrapped.module["norm"].weight.dtype == torch.float32

@@ -5,9 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from automodel_fn import apply, bf16, cast_plan, restore
+from automodel_fn import RangeLoss, apply, bf16, cast_plan, restore
 from automodel_fn.testing import check_aliases_kept, check_all_or_nothing, check_cast_exact
+from automodel_fn.testing._parts import mark
 from automodel_fn.testing._twin import tensors_of
+
+
+def lost(num_infinite, num_zero):
+    return RangeLoss("weight", num_infinite=num_infinite, num_zero=num_zero)
 
 
 def rounds_a_pin(model):
@@ -68,6 +73,30 @@ def drops_a_name(model):
     del model["wo"].tied
 
 
+def reads_a_pin(model):
+    model["norm"].weight.sum()
+
+
+def loses_an_attribute(model):
+    del model["wo"].weight.is_marked
+
+
+def loses_a_hook(model):
+    model["wo"].weight._backward_hooks.clear()
+
+
+def loses_a_hook_of_accumulation(model):
+    model["wo"].weight._post_accumulate_grad_hooks.clear()
+
+
+def replaces_a_gradient(model):
+    model["wo"].weight.grad = model["wo"].weight.grad.clone()
+
+
+def lies_otherwise(model):
+    model.turned.data = model.turned.data.contiguous()
+
+
 def damaging(damage):
     def apply_and_damage(plan, model=None, **options):
         report = apply(plan, model, **options)
@@ -91,12 +120,20 @@ def damaging(damage):
         forgets_a_tensor,
         splits_a_tie,
         drops_a_name,
+        reads_a_pin,
+        loses_an_attribute,
+        loses_a_hook,
+        loses_a_hook_of_accumulation,
+        replaces_a_gradient,
+        lies_otherwise,
     ],
 )
 def test_a_cast_that_is_not_exact_is_told(model, stand_in, damage):
+    mark(model["wo"].weight)
+    model.turned = nn.Parameter(torch.ones(2, 3).t())
     check_cast_exact(model, bf16)
     stand_in("cast", "apply", damaging(damage))
-    with pytest.raises(AssertionError, match=r"weight|wide|tied"):
+    with pytest.raises(AssertionError, match=r"weight|wide|tied|turned"):
         check_cast_exact(model, bf16)
 
 
@@ -108,6 +145,20 @@ def test_a_cast_that_splits_or_joins_is_told(model, stand_in, damage):
     stand_in("cast", "apply", damaging(damage))
     with pytest.raises(AssertionError, match=r"weight|left|right|tied|names"):
         check_aliases_kept(model, bf16)
+
+
+@pytest.mark.parametrize("losses", [(), (lost(1, 0),), (lost(1, 1), lost(1, 1)), (lost(1, 2),)])
+def test_a_wrong_count_of_what_leaves_the_range_is_told(stand_in, losses):
+    model = nn.LayerNorm(3)
+    model.weight.data.copy_(torch.tensor([1e6, 1e-9, 1.0]))
+
+    def miscounting(plan, model):
+        return attrs.evolve(apply(plan, model), range_losses=losses)
+
+    check_cast_exact(model, torch.float16)
+    stand_in("cast", "apply", miscounting)
+    with pytest.raises(AssertionError, match="range of float16"):
+        check_cast_exact(model, torch.float16)
 
 
 @pytest.mark.parametrize("options", [{"skip": "wo"}, {"keep_fp32": "wo"}, {"match": "segment"}])

@@ -1,6 +1,7 @@
 import torch
 from torch import nn
 
+from automodel_fn.testing._parts import mark
 from automodel_fn.testing._twin import bits_of, storage_key, tensors_of, twin_of
 
 
@@ -43,3 +44,19 @@ def test_a_twin_keeps_the_class_of_a_parameter():
     module = nn.Module()
     module.weight = Special(torch.ones(2))
     assert type(twin_of(module).weight) is Special
+
+
+def test_a_twin_has_the_hooks_of_the_model(model):
+    weight = model["wo"].weight
+    mark(weight)
+    twin = twin_of(model)["wo"].weight
+    assert list(twin._backward_hooks.values()) == list(weight._backward_hooks.values())
+    hooks = [list(t._post_accumulate_grad_hooks.values()) for t in (twin, weight)]
+    assert hooks[0] == hooks[1] != []
+
+
+def test_a_gradient_of_two_parameters_has_one_twin():
+    layer = nn.LayerNorm(2)
+    layer.weight.grad = layer.bias.grad = torch.ones(2)
+    twin = twin_of(layer)
+    assert twin.weight.grad is twin.bias.grad is not layer.bias.grad
