@@ -10,10 +10,11 @@ from torch import nn
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
+from automodel_fn.cast._dtensors import is_whole
 from automodel_fn.cast._exchange import exchange
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._report import CastReport
-from automodel_fn.cast._rules import is_plain
+from automodel_fn.cast._sharded import together
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.cast._undo import Undo
 from automodel_fn.errors import StalePlanError, itemized
@@ -33,10 +34,12 @@ def apply_cast_plan(
     """Carry a cast plan out, wholly or not at all; see `apply`."""
     target = plan.model() if model is None else model
     model_scan = scan(target)
-    refuse_stale(plan, model_scan)
-    conversions = tuple(conversions_of(plan.entries, model_scan, plan.optimizer_refs.alive()))
-    dry_run(conversions)
-    originals = exchange([c.exchange() for c in conversions], keep_originals=keep_originals)
+    with together(model_scan) as shards:
+        refuse_stale(plan, model_scan)
+        conversions = tuple(conversions_of(plan.entries, model_scan, plan.optimizer_refs.alive()))
+        dry_run(conversions)
+        exchanges = [c.exchange() for c in conversions]
+        originals = exchange(exchanges, shards, keep_originals=keep_originals)
     if plan.notes:
         _logger.warning(itemized("the cast plan has notes:", plan.notes))
     return CastReport(
@@ -71,7 +74,7 @@ def _checksums(model_scan: ModelScan) -> tuple[tuple[str, int], ...]:
     return tuple(
         (item.names[0], checksum_of(item.tensor))
         for item in model_scan.tensors
-        if is_plain(item.tensor)
+        if is_whole(item.tensor)
     )
 
 

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch.optim import Optimizer
 
+from automodel_fn.cast._dtensors import is_sharded, local
 from automodel_fn.cast._exchange import Exchange, converted
 from automodel_fn.cast._plan import TensorCast
 from automodel_fn.cast._rules import storage_groups
@@ -43,7 +44,8 @@ class Conversion:
             tensors=self.tensors,
             make=lambda: converted(self.tensors, self.to_dtype),
             num_bytes=numel * self.to_dtype.itemsize,
-            can_finish=not is_wider(self.to_dtype, self.from_dtype),
+            can_finish=not is_wider(self.to_dtype, self.from_dtype)
+            and not any(map(is_sharded, self.tensors)),
         )
 
 
@@ -97,7 +99,7 @@ def dry_run(conversions: Sequence[Conversion]) -> None:
     }
     for (kind, from_dtype, to_dtype, _), tensor in kinds.items():
         try:
-            tensor.detach().new_empty(1).to(to_dtype)
+            local(tensor).detach().new_empty(1).to(to_dtype)
         except Exception as error:
             error.add_note(
                 f"while trying one element of {kind.__name__}, {dtype_name(from_dtype)} to "

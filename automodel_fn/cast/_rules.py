@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, cast
 
 import attrs
 import torch
 
+from automodel_fn.cast._dtensors import is_whole, local
 from automodel_fn.cast._plan import CAST, KEEP, SKIP, TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 from automodel_fn.dtypes import CASTABLE, dtype_name
@@ -46,19 +46,12 @@ def skipped(item: NamedTensor, reason: str, *, is_mild: bool = False) -> Decisio
 
 def uncastable(item: NamedTensor) -> Decision | None:
     """The decision for a tensor that no cast may touch, or None for one that it may."""
-    if not is_plain(item.tensor):
+    if not is_whole(item.tensor):
         kind = type(item.tensor).__name__
         return skipped(item, f"a {kind} is left as it is: only plain tensors are cast")
     if item.tensor.dtype not in CASTABLE:
         return skipped(item, f"{dtype_name(item.tensor.dtype)} is left as it is")
     return None
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds its own dense storage, and no subclass decides what its data is."""
-    kind, plain = cast("tuple[Any, Any]", (type(tensor), torch.Tensor))
-    ordinary = kind.__torch_dispatch__ is plain.__torch_dispatch__
-    return ordinary and tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def kept(item: NamedTensor, reason: str) -> Decision:
@@ -108,8 +101,8 @@ def storage_groups(tensors: Sequence[NamedTensor]) -> list[list[int]]:
     """The indices of distinct tensors that are views of one storage; single ones are left out."""
     holders: defaultdict[int, list[int]] = defaultdict(list)
     for index, item in enumerate(tensors):
-        if is_plain(item.tensor) and item.tensor.numel():
-            holders[item.tensor.untyped_storage()._cdata].append(index)
+        if is_whole(item.tensor) and (held := local(item.tensor)).numel():
+            holders[held.untyped_storage()._cdata].append(index)
     return [group for group in holders.values() if len(group) > 1]
 
 

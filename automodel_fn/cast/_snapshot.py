@@ -8,12 +8,15 @@ from functools import partial
 import attrs
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from automodel_fn.cast._compare import Finding
+from automodel_fn.cast._dtensors import is_sharded, is_whole, local, rewrapped
 from automodel_fn.cast._exchange import Exchange, converted, exchange
 from automodel_fn.cast._plan import WeakObjects
-from automodel_fn.cast._rules import is_plain, storage_groups
+from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._selection import selected
+from automodel_fn.cast._sharded import together
 from automodel_fn.cast._tensors import NamedTensor, scan
 from automodel_fn.errors import ConfigError, StalePlanError, itemized
 
@@ -70,8 +73,8 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """How much memory the copies take."""
-        return sum(saved.data.nbytes for saved in self.tensors)
+        """How much memory the copies take, on this rank."""
+        return sum(local(saved.data).nbytes for saved in self.tensors)
 
 
 def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> Snapshot:
@@ -101,7 +104,7 @@ def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> Snap
     if names is not None:
         chosen = selected(model_scan, names, "names")
         items = tuple(item for index, item in enumerate(items) if index in chosen)
-    special = [item.names[0] for item in items if not is_plain(item.tensor)]
+    special = [item.names[0] for item in items if not is_whole(item.tensor)]
     if special:
         raise ConfigError(
             itemized(
@@ -138,7 +141,12 @@ def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
         True
     """
     target = saved.model() if model is None else model
-    items = scan(target).tensors
+    model_scan = scan(target)
+    with together(model_scan) as shards:
+        exchange(_checked(saved, model_scan.tensors), shards, keep_originals=True)
+
+
+def _checked(saved: Snapshot, items: Sequence[NamedTensor]) -> list[Exchange]:
     held = {item.names: item for item in items}
     found = [finding for one in saved.tensors for finding in _misfits(one, held)]
     if found:
@@ -150,7 +158,7 @@ def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
             )
         )
     copies = {one.names: one.data for one in saved.tensors}
-    exchange(list(_exchanges(items, copies)), keep_originals=True)
+    return list(_exchanges(items, copies))
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,6 +176,13 @@ def _misfits(saved: SavedTensor, held: Mapping[tuple[str, ...], NamedTensor]) ->
         expected, found = getattr(saved.data, what), getattr(item.tensor, what)
         if expected != found:
             yield Finding(saved.names[0], what=what, expected=str(expected), found=str(found))
+    expected, found = _sharding(saved.data), _sharding(item.tensor)
+    if expected != found:
+        yield Finding(saved.names[0], what="sharding", expected=expected, found=found)
+
+
+def _sharding(tensor: torch.Tensor) -> str:
+    return str(tensor.placements) if isinstance(tensor, DTensor) else "none"
 
 
 def _exchanges(
@@ -195,6 +210,10 @@ def _restored(
     if len(members) == 1:
         return (_copy(copies[members[0].names]),)
     tensors = tuple(member.tensor for member in members)
+    if any(map(is_sharded, tensors)):
+        shards = [attrs.evolve(member, tensor=local(member.tensor)) for member in members]
+        made = _restored(shards, {names: local(copy) for names, copy in copies.items()})
+        return tuple(map(rewrapped, tensors, made))
     dtypes = {copies[m.names].dtype for m in members if m.names in copies}
     if dtypes <= {tensor.dtype for tensor in tensors}:
         fresh = _on_new_storage(tensors)

@@ -20,6 +20,7 @@ from automodel_fn.cast._exchange import (
 )
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
+from automodel_fn.cast._sharded import Shards, together
 from automodel_fn.cast._tensors import scan
 from automodel_fn.dtypes import CASTABLE, parse_castable
 
@@ -58,20 +59,23 @@ def temporary_cast(
     """
     inside = parse_castable(dtype)
     plan = uniform_plan(model, inside)
+    model_scan = scan(model)
     entries = plan.entries if then is None else cast_plan(model, then).entries
     targets = {
         name: entry.from_dtype if then is None else entry.to_dtype
         for entry in entries
         for name in entry.names
     }
-    conversions = tuple(conversions_of(plan.entries, scan(model)))
-    dry_run(conversions)
-    originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+    with together(model_scan) as shards:
+        conversions = tuple(conversions_of(plan.entries, model_scan))
+        dry_run(conversions)
+        originals = exchange([c.exchange() for c in conversions], shards, keep_originals=True)
     try:
         yield model
     finally:
         with interrupts_deferred():
-            exchange(_returns(model, targets, conversions, originals), must_finish=True)
+            back = _returns(model, targets, conversions, originals)
+            exchange(back, Shards(scan(model)), must_finish=True)
 
 
 def _returns(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from automodel_fn.cast._fsdp import fsdp_groups, shards_of_gathered
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.fqn import WRAPPER_SEGMENTS, joined
 
@@ -60,7 +61,8 @@ class _Found:
 def scan(model: nn.Module) -> ModelScan:
     """Walk a model: each parameter and buffer once, by identity, under all of its names.
 
-    Reads only, and needs no tensor data: a model on the meta device gives the same names.
+    Of a parameter that FSDP2 has gathered for a forward, the shard is what is found. Reads only,
+    and needs no tensor data: a model on the meta device gives the same names.
 
     Args:
         model: Any module.
@@ -71,10 +73,12 @@ def scan(model: nn.Module) -> ModelScan:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"model={type(model).__name__} must be a torch.nn.Module.")
     modules = tuple(_walk(model))
+    shards = shards_of_gathered(fsdp_groups(module for _, _, module in modules))
     found: dict[int, _Found] = {}
     for name, raw_name, module in modules:
         for key, tensor in module._parameters.items():
             if tensor is not None:
+                tensor = shards.get(id(tensor), tensor)
                 _add(found, tensor, joined(name, key), joined(raw_name, key), PARAMETER)
         for key, tensor in module._buffers.items():
             if tensor is not None:

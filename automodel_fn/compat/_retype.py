@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from automodel_fn.cast._conversions import Conversion, dry_run
+from automodel_fn.cast._dtensors import is_plain
 from automodel_fn.cast._exchange import Exchange, exchange, interrupts_deferred
-from automodel_fn.cast._rules import is_plain, storage_groups
+from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import NamedTensor, scan
 
 Rule = Callable[[NamedTensor], torch.dtype | None]
