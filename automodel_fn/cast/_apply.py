@@ -12,6 +12,7 @@ from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run
 from automodel_fn.cast._dtensors import is_whole
 from automodel_fn.cast._exchange import exchange
+from automodel_fn.cast._groups import refuse_mixed_groups
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._report import CastReport
 from automodel_fn.cast._sharded import together
@@ -36,6 +37,7 @@ def apply_cast_plan(
     model_scan = scan(target)
     with together(model_scan) as shards:
         refuse_stale(plan, model_scan)
+        refuse_mixed_groups(model_scan, plan.entries)
         conversions = tuple(conversions_of(plan.entries, model_scan, plan.optimizer_refs.alive()))
         dry_run(conversions)
         exchanges = [c.exchange() for c in conversions]

@@ -75,9 +75,9 @@ def swap_content(tensor: torch.Tensor, new: torch.Tensor) -> None:
     if tensor.requires_grad and grad_dtype != tensor.dtype:
         twin.grad_dtype = grad_dtype
     torch.utils.swap_tensors(tensor, twin)
-    tensor.__dict__, twin.__dict__ = twin.__dict__, tensor.__dict__
+    mine, other = cast("tuple[Any, Any]", (tensor, twin))
+    mine.__dict__, other.__dict__ = other.__dict__, mine.__dict__
     # Python knows the hooks still; this tells C++ of them, whose record went with the content.
-    hooked: Any = tensor
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if getattr(hooked, hooks) is not None:
-            setattr(hooked, hooks, getattr(hooked, hooks))
+        if getattr(mine, hooks) is not None:
+            setattr(mine, hooks, getattr(mine, hooks))

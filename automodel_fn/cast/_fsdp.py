@@ -7,6 +7,7 @@ groups. What is used here is the same in PyTorch 2.11 to 2.14, and is looked for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -49,6 +50,24 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module, also where `fully_shard` has put its own before it."""
     kind = type(module)
     return next(base for base in kind.__mro__ if not issubclass(base, FSDPModule))
+
+
+def copied_without_fsdp(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module as it was before `fully_shard`, which forbids a copy of its own.
+
+    Args:
+        module: The module.
+        memo: As `copy.deepcopy` takes it.
+    """
+    for part in reversed(tuple(module.modules())):
+        if isinstance(part, FSDPModule):
+            kind = class_of(part)
+            twin = memo[id(part)] = kind.__new__(kind)
+            # FSDP2's record is an attribute of the module too, and its hooks hold it.
+            memo[id(part._get_fsdp_state())] = None
+            hooks = {key: type(value)() for key, value in vars(part).items() if "_hooks" in key}
+            vars(twin).update(copy.deepcopy(vars(part) | hooks, memo))
+    return copy.deepcopy(module, memo)
 
 
 def fsdp_groups(modules: Iterable[nn.Module]) -> tuple[FSDPGroup, ...]:
