@@ -13,7 +13,9 @@ from typing import Any
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from automodel_fn.errors import BackendUnavailableError, ConfigError, itemized
@@ -211,3 +213,27 @@ def _look_at_dtypes(group: FSDPGroup) -> None:
     # Before the first forward FSDP2 has not looked at all.
     if all(hasattr(parameter, "orig_dtype") for parameter in group.record.fsdp_params):
         group.record._init_mp_dtypes()
+
+
+def second_placement(mesh: DeviceMesh) -> Any:
+    """What a `shard_placement_fn` returns for parameters that are a second group of their module.
+
+    FSDP2 groups parameters by process group: this is a second one of the same ranks. The ranks of
+    the mesh have to call it together.
+
+    Raises:
+        BackendUnavailableError: This PyTorch has no such thing.
+    """
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import (
+            FSDPMeshInfo,
+            ShardPlacementResult,
+        )
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"torch={torch.__version__}: FSDP2 cannot shard the parameters of one module in two "
+            f"groups ({error}). Move the fp32 pins into a module of their own with a forward."
+        ) from error
+    group: Any = dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
+    second = DeviceMesh.from_group(group, mesh.device_type)
+    return ShardPlacementResult(None, FSDPMeshInfo(second, shard_mesh_dim=0))
