@@ -89,6 +89,8 @@ def exchange(
                 if not must_finish:
                     check_interrupt()
                 run.advance()
+            if shards is not None:
+                shards.refresh()
             if keeps:
                 check_interrupt()
             if shards is not None:

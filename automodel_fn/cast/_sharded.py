@@ -61,15 +61,18 @@ class Shards:
         for tensor, _ in self._grads:
             tensor.grad = None
 
+    def refresh(self) -> None:
+        """After the exchange, bring FSDP2's records up."""
+        refresh(self._groups)
+
     def confirm(self) -> None:
-        """After the exchange: bring FSDP2's records up, and hear whether all ranks got here.
+        """Hear whether all ranks got here; if so, the exchange stands.
 
         Raises:
             PartialCastError: Another rank did not; the exchange has to be rolled back.
         """
         if not self.are_any:
             return
-        refresh(self._groups)
         if not self._vote.hear(True):
             raise PartialCastError(
                 "the cast failed on another rank, so it was rolled back on this one: the model is "

@@ -120,7 +120,8 @@ def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> Snap
 def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
     """Give a model's tensors the dtypes and bits of a snapshot, wholly or not at all.
 
-    The tensors stay the same objects, with their ties. Gradients are left as they are.
+    The tensors stay the same objects, with their ties. Gradients are left as they are, but where a
+    sharded tensor gets another dtype its gradient gets it too.
     Replaces `_restore_fp32_tensor_snapshots` (NeMo Automodel).
 
     Args:
@@ -202,6 +203,25 @@ def _exchanges(
             num_bytes=sum(member.tensor.nbytes for member in members),
             can_finish=False,
         )
+        yield from _gradients(members, copies)
+
+
+def _gradients(
+    members: Sequence[NamedTensor], copies: Mapping[tuple[str, ...], torch.Tensor]
+) -> Iterator[Exchange]:
+    """The gradients of sharded tensors that get another dtype: PyTorch wants them to agree."""
+    for member in members:
+        copy, grad = copies.get(member.names), member.tensor.grad
+        if copy is None or grad is None or not is_sharded(grad):
+            continue
+        if grad.dtype == member.tensor.dtype != copy.dtype:
+            yield Exchange(
+                f"{member.names[0]}.grad",
+                tensors=(grad,),
+                make=partial(converted, (grad,), copy.dtype),
+                num_bytes=grad.nbytes,
+                can_finish=False,
+            )
 
 
 def _restored(

@@ -66,16 +66,20 @@ def temporary_cast(
         for entry in entries
         for name in entry.names
     }
-    with together(model_scan) as shards:
-        conversions = tuple(conversions_of(plan.entries, model_scan))
-        dry_run(conversions)
-        originals = exchange([c.exchange() for c in conversions], shards, keep_originals=True)
+    conversions: tuple[Conversion, ...] = ()
+    originals: Originals | None = None
     try:
+        # An interruption that comes when the cast stands already is raised once it can end.
+        with interrupts_deferred(), together(model_scan) as shards:
+            conversions = tuple(conversions_of(plan.entries, model_scan))
+            dry_run(conversions)
+            originals = exchange([c.exchange() for c in conversions], shards, keep_originals=True)
         yield model
     finally:
-        with interrupts_deferred():
-            back = _returns(model, targets, conversions, originals)
-            exchange(back, Shards(scan(model)), must_finish=True)
+        if originals is not None:
+            with interrupts_deferred():
+                back = _returns(model, targets, conversions, originals)
+                exchange(back, Shards(scan(model)), must_finish=True)
 
 
 def _returns(
