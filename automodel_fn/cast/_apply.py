@@ -48,7 +48,7 @@ def apply_cast_plan(
         plan.entries,
         bytes_before=sum(entry.numel * entry.from_dtype.itemsize for entry in plan.entries),
         bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
-        notes=(*plan.notes, *_view_note(conversions)),
+        notes=(*plan.notes, *_view_note(conversions), *_part_note(conversions)),
         checksums=_checksums(model_scan) if checksum else (),
         undo_cast=Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None,
     )
@@ -77,6 +77,16 @@ def _checksums(model_scan: ModelScan) -> tuple[tuple[str, int], ...]:
         (item.names[0], checksum_of(item.tensor))
         for item in model_scan.tensors
         if is_whole(item.tensor)
+    )
+
+
+def _part_note(conversions: Sequence[Conversion]) -> tuple[str, ...]:
+    parts = [c.name for c in conversions if not all(map(is_whole, c.tensors))]
+    if not parts:
+        return ()
+    return (
+        f"{len(parts)} gradients are sums over ranks that are still to be made, as {parts[0]!r}: "
+        "their parts were cast, which is not quite to cast the sum",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from automodel_fn.cast._dtensors import is_sharded, local, on_shards
+from automodel_fn.cast._dtensors import is_distributed, local, on_shards
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20
@@ -67,7 +67,7 @@ def merged(
     """
     if original.shape != current.shape or current.is_meta:
         return current.to(dtype)
-    if is_sharded(current):
+    if is_distributed(current):
         rest = () if unedited is None else (unedited,)
         return on_shards(lambda c, o, *u: merged(o, c, dtype, *u), current, original, *rest)
     if unedited is None or unedited.dtype != current.dtype:

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch.optim import Optimizer
 
-from automodel_fn.cast._dtensors import is_sharded, local
+from automodel_fn.cast._dtensors import is_distributed, local
 from automodel_fn.cast._exchange import Exchange, converted
 from automodel_fn.cast._plan import TensorCast
 from automodel_fn.cast._rules import storage_groups
@@ -45,7 +45,7 @@ class Conversion:
             make=lambda: converted(self.tensors, self.to_dtype),
             num_bytes=numel * self.to_dtype.itemsize,
             can_finish=not is_wider(self.to_dtype, self.from_dtype)
-            and not any(map(is_sharded, self.tensors)),
+            and not any(map(is_distributed, self.tensors)),
         )
 
 

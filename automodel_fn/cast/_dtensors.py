@@ -16,6 +16,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return ordinary and tensor.layout is torch.strided and not tensor.is_quantized
 
 
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor: a shard, a replica, or a part of a sum."""
+    return isinstance(tensor, DTensor)
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor of plain shards or replicas that are the values themselves.
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import attrs
 import torch
-from torch.distributed.tensor import DTensor
 
-from automodel_fn.cast._dtensors import is_plain, local, rewrapped, swap_content
+from automodel_fn.cast._dtensors import is_distributed, is_plain, local, rewrapped, swap_content
 from automodel_fn.cast._sharded import Shards, insist
 from automodel_fn.errors import PartialCastError, itemized
 
@@ -174,7 +173,7 @@ class _Run:
 
 def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -> None:
     for tensor, new in zip(tensors, data, strict=True):
-        if isinstance(tensor, DTensor):
+        if is_distributed(tensor):
             swap_content(tensor, new)
         else:
             tensor.data = new

@@ -34,11 +34,11 @@ _TRIES = 64
 class Shards:
     """The sharded side of one exchange. In a model without DTensors it does nothing."""
 
-    def __init__(self, model_scan: ModelScan) -> None:
+    def __init__(self, model_scan: ModelScan, vote: Vote | None = None) -> None:
+        self._vote = vote
         self._names = {id(item.tensor): item.names[0] for item in model_scan.tensors}
         self._modules = tuple(module for _, _, module in model_scan.modules)
         sharded = [item.tensor for item in model_scan.tensors if is_sharded(item.tensor)]
-        self._vote = _Vote(sharded)
         self._groups = fsdp_groups(self._modules) if sharded else ()
         self._padded: Padded = ()
         self._grads: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -71,9 +71,7 @@ class Shards:
         Raises:
             PartialCastError: Another rank did not; the exchange has to be rolled back.
         """
-        if not self.are_any:
-            return
-        if not self._vote.hear(True):
+        if self._vote is not None and not self._vote.hear(True):
             raise PartialCastError(
                 "the cast failed on another rank, so it was rolled back on this one: the model is "
                 "as before on all of them. The other rank's error says why."
@@ -89,15 +87,6 @@ class Shards:
         else:
             insist(lambda: put_back(self._groups, self._padded))
         self._give_grads_back()
-
-    def agree(self, is_well: bool) -> None:
-        """Vote if that was not done yet, so that no other rank waits for this one.
-
-        Raises:
-            PartialCastError: This rank was well and had nothing to do, but another one was not.
-        """
-        if not self._vote.is_cast and not insist(lambda: self._vote.hear(is_well)) and is_well:
-            raise PartialCastError("the cast failed on another rank, and nothing was changed here.")
 
     def _give_grads_back(self) -> None:
         for tensor, grad in self._grads:
@@ -127,17 +116,19 @@ def together(model_scan: ModelScan) -> Generator[Shards]:
 
     Every rank has to enter it. What one raises makes the exchange of the others fail as well.
     """
-    shards = Shards(model_scan)
+    vote = Vote(item.tensor for item in model_scan.tensors)
     try:
-        yield shards
+        yield Shards(model_scan, vote)
     except BaseException:
-        shards.agree(False)
+        if not vote.is_cast:
+            insist(lambda: vote.hear(False))
         raise
-    shards.agree(True)
+    if not vote.is_cast and not vote.hear(True):
+        raise PartialCastError("the cast failed on another rank, and nothing was changed here.")
 
 
-class _Vote:
-    """One vote of all ranks of some DTensors, mesh by mesh."""
+class Vote:
+    """One vote of all ranks that hold parts of some tensors, mesh by mesh."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         meshes = {t.device_mesh: None for t in tensors if isinstance(t, DTensor)}
@@ -147,22 +138,18 @@ class _Vote:
                 if mesh.size(dim) > 1:
                     group = mesh.get_group(dim)
                     groups[id(group)] = group, mesh.device_type
-        # Made here, since nothing may fail between the exchange and the vote.
-        self._ballots = [
-            (group, {answer: torch.tensor([int(answer)], device=kind) for answer in (False, True)})
-            for group, kind in groups.values()
-        ]
+        self._pending = list(groups.values())
         self._is_well = True
         self.is_cast = False
 
     def hear(self, is_well: bool) -> bool:
-        """Say how this rank is, and return whether all are well."""
+        """Say how this rank is, and return whether all are well; goes on where it was stopped."""
         self._is_well = self._is_well and is_well
-        while self._ballots:
-            group, ballots = self._ballots[0]
-            ballot = ballots[self._is_well]
+        while self._pending:
+            group, kind = self._pending[0]
+            ballot = torch.tensor([int(self._is_well)], device=kind)
             dist.all_reduce(ballot, dist.ReduceOp.MIN, group=group)
-            self._ballots.pop(0)
+            self._pending.pop(0)
             self._is_well = ballot.tolist() == [1]
         self.is_cast = True
         return self._is_well
