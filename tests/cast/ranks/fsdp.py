@@ -278,8 +278,8 @@ def claim_a_cast_can_be_undone_and_inverted():
 def claim_an_edit_since_the_cast_on_one_rank_keeps_it_from_being_undone_on_all():
     model = sharded(build())
     report = apply(cast_plan(model, bf16), keep_originals=True)
-    with torch.no_grad():
-        model.head.weight[0].mul_(2)  # in the shard of rank 0
+    if dist.get_rank() == 0:
+        model.head.weight.detach().to_local().mul_(2)
     after = State(model, adamw(model))
     raised((StalePlanError, PartialCastError)[dist.get_rank()], report.undo)
     State(model, adamw(model)).assert_is(after)
@@ -377,7 +377,7 @@ def gated():
 
 POLICIES = (
     MixedPrecisionPolicy(),
-    MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32, output_dtype=fp32),
+    MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32),
 )
 
 
@@ -402,7 +402,7 @@ def claim_a_model_sharded_by_plan_trains_like_an_unsharded_one():
                     norm = torch.nn.utils.clip_grad_norm_(one.parameters(), 1e9)
                     norms.append(whole(norm))
                     its.step()
-                torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+                torch.testing.assert_close(*norms, rtol=2**-8, atol=0)
             assert_same(model, optimizer, plain, plain_optimizer)
 
 
