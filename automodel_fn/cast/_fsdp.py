@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -196,7 +197,13 @@ def refresh(groups: Iterable[FSDPGroup]) -> None:
             parameter.all_gather_outputs = []
             if hasattr(parameter, "_unsharded_param"):
                 del parameter._unsharded_param
-        _look_at_dtypes(group)
+        try:
+            _look_at_dtypes(group)
+        except AssertionError as error:
+            raise ConfigError(
+                f"a group of FSDP2 would be left with parameters of several dtypes: {error}. "
+                "Nothing was changed."
+            ) from None
 
 
 def put_back(groups: Iterable[FSDPGroup], padded: Padded) -> None:
@@ -206,7 +213,8 @@ def put_back(groups: Iterable[FSDPGroup], padded: Padded) -> None:
         with torch.no_grad():
             parameter.reset_sharded_param()
     for group in groups:
-        _look_at_dtypes(group)
+        with suppress(AssertionError):  # of a group that had several dtypes before
+            _look_at_dtypes(group)
 
 
 def _look_at_dtypes(group: FSDPGroup) -> None:

@@ -26,7 +26,7 @@ from automodel_fn.cast._fsdp import (
     reshard,
 )
 from automodel_fn.cast._tensors import ModelScan
-from automodel_fn.errors import ConfigError, PartialCastError, itemized
+from automodel_fn.errors import ConfigError, OtherRankError, itemized
 
 _TRIES = 64
 
@@ -69,10 +69,10 @@ class Shards:
         """Hear whether all ranks got here; if so, the exchange stands.
 
         Raises:
-            PartialCastError: Another rank did not; the exchange has to be rolled back.
+            OtherRankError: Another rank did not; the exchange has to be rolled back.
         """
         if self._vote is not None and not self._vote.hear(True):
-            raise PartialCastError(
+            raise OtherRankError(
                 "the cast failed on another rank, so it was rolled back on this one: the model is "
                 "as before on all of them. The other rank's error says why."
             )
@@ -124,7 +124,7 @@ def together(model_scan: ModelScan) -> Generator[Shards]:
             insist(lambda: vote.hear(False))
         raise
     if not vote.is_cast and not vote.hear(True):
-        raise PartialCastError("the cast failed on another rank, and nothing was changed here.")
+        raise OtherRankError("the cast failed on another rank, and nothing was changed here.")
 
 
 class Vote:

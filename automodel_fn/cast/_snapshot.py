@@ -8,7 +8,6 @@ from functools import partial
 import attrs
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from automodel_fn.cast._compare import Finding
 from automodel_fn.cast._dtensors import is_sharded, is_whole, local, rewrapped
@@ -173,17 +172,10 @@ def _misfits(saved: SavedTensor, held: Mapping[tuple[str, ...], NamedTensor]) ->
             saved.names[0], what="names", expected=", ".join(saved.names), found="other names"
         )
         return
-    for what in ("shape", "device"):
-        expected, found = getattr(saved.data, what), getattr(item.tensor, what)
+    for what in ("shape", "device", "placements"):
+        expected, found = (getattr(t, what, None) for t in (saved.data, item.tensor))
         if expected != found:
             yield Finding(saved.names[0], what=what, expected=str(expected), found=str(found))
-    expected, found = _sharding(saved.data), _sharding(item.tensor)
-    if expected != found:
-        yield Finding(saved.names[0], what="sharding", expected=expected, found=found)
-
-
-def _sharding(tensor: torch.Tensor) -> str:
-    return str(tensor.placements) if isinstance(tensor, DTensor) else "none"
 
 
 def _exchanges(

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automodel_fn import (
     CastPlan,
     ConfigError,
-    PartialCastError,
+    OtherRankError,
     StalePlanError,
     apply,
     audit,
@@ -234,7 +234,7 @@ def claim_a_cast_that_fails_on_one_rank_leaves_the_model_as_before_on_all():
                 report = apply(plan, keep_originals=True)
         except MemoryError:
             assert dist.get_rank() == 1
-        except PartialCastError:
+        except OtherRankError:
             assert dist.get_rank() == 0
         is_cast = report is not None
         assert on_all_ranks(is_cast) == [is_cast] * 2, n
@@ -252,7 +252,7 @@ def claim_a_plan_that_is_stale_on_one_rank_is_carried_out_on_none():
     if dist.get_rank() == 1:
         model.head.bias.requires_grad_(False)
     before = State(model, adamw(model))
-    kind = (PartialCastError, StalePlanError)[dist.get_rank()]
+    kind = (OtherRankError, StalePlanError)[dist.get_rank()]
     raised(kind, lambda: apply(plan))
     State(model, adamw(model)).assert_is(before)
 
@@ -281,7 +281,7 @@ def claim_an_edit_since_the_cast_on_one_rank_keeps_it_from_being_undone_on_all()
     if dist.get_rank() == 0:
         model.head.weight.detach().to_local().mul_(2)
     after = State(model, adamw(model))
-    raised((StalePlanError, PartialCastError)[dist.get_rank()], report.undo)
+    raised((StalePlanError, OtherRankError)[dist.get_rank()], report.undo)
     State(model, adamw(model)).assert_is(after)
 
 
@@ -320,7 +320,7 @@ def claim_a_snapshot_of_a_sharded_model_is_restored_exactly():
     restore(saved)
     plain = build()
     assert train(model, optimizer) == train(plain, adamw(plain))
-    raised(StalePlanError, lambda: restore(saved, build()), holding=("sharding",))
+    raised(StalePlanError, lambda: restore(saved, build()), holding=("placements",))
 
 
 def claim_a_cast_in_the_middle_of_a_step_is_refused_and_the_step_can_end():

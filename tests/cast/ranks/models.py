@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -74,7 +75,7 @@ def loss_of(model):
     return model(inputs(model.head.weight.dtype)).float().pow(2).mean()
 
 
-# All ranks train on the same batch, so that the mean of their gradients is each rank's own, exactly.
+# All ranks train on the same batch: the mean of their gradients is each rank's own, exactly.
 def train(model, optimizer, num_steps=3):
     losses = []
     for _ in range(num_steps):
@@ -163,13 +164,10 @@ class State:
 
 
 def raised(kind, function, *, holding=()):
-    try:
+    with pytest.raises(kind) as caught:
         function()
-    except kind as error:
-        for text in holding:
-            assert text in str(error), error
-        return error
-    raise AssertionError(f"no {kind.__name__}")
+    missing = [text for text in holding if text not in str(caught.value)]
+    assert not missing, f"{missing} not in {caught.value}"
 
 
 def on_all_ranks(value):

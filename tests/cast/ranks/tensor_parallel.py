@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import torch
 from models import (
-    Model,
     State,
-    assert_same,
     bits,
-    build,
-    inputs,
-    loss_of,
-    raised,
     reshard,
     shard_like,
     the_mesh,
-    train,
-    with_boundaries,
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -29,7 +21,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from automodel_fn import apply, bf16, cast_plan, fp32, snapshot, restore, temporary_cast
+from automodel_fn import apply, bf16, cast_plan, fp32, restore, snapshot, temporary_cast
 
 
 class Feed(nn.Module):
@@ -149,7 +141,6 @@ def claim_a_sum_that_is_still_to_be_made_is_left_alone():
 def claim_a_model_that_is_split_and_sharded_is_cast_in_both():
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
     model, plain = split(feed(), mesh["model"]), feed()
-    policy = MixedPrecisionPolicy(param_dtype=fp32, output_dtype=fp32)
     fully_shard(model.norm, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])
     optimizer, plain_optimizer = (torch.optim.AdamW(m.parameters(), 0.01) for m in (model, plain))
