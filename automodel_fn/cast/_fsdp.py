@@ -22,13 +22,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from automodel_fn.errors import BackendUnavailableError, ConfigError, itemized
 
 _OF_A_STATE = ("_fsdp_param_groups",)
-_OF_A_GROUP = ("fsdp_params", "modules", "mp_policy", "comm_ctx", "_init_mp_dtypes")
+_OF_A_GROUP = (
+    *("fsdp_params", "modules", "mp_policy", "comm_ctx"),
+    *("_init_mp_dtypes", "_partial_reduce_output"),
+)
 _OF_A_PARAMETER = (
-    "sharded_param",
-    "_sharded_param_data",
-    "all_gather_outputs",
-    "unsharded_accumulated_grad",
-    "reset_sharded_param",
+    *("sharded_param", "_sharded_param_data", "all_gather_outputs"),
+    *("unsharded_accumulated_grad", "reset_sharded_param"),
 )
 
 
@@ -160,7 +160,9 @@ def _unfinished(group: Any, parameter: Any) -> str | None:
     gathered = getattr(parameter, "_unsharded_param", None)
     if gathered is None:
         return None
-    if gathered.grad is not None or parameter.unsharded_accumulated_grad is not None:
+    # The last is of ranks that hold replicas of shards, and have not summed them up.
+    pending = (gathered.grad, parameter.unsharded_accumulated_grad, group._partial_reduce_output)
+    if any(gradient is not None for gradient in pending):
         return "its gradient is not reduced yet"
     # Twice: by its own object, and by the node of a graph that adds to its gradient.
     if gathered._use_count() > 1 and group.comm_ctx.post_forward_order:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from automodel_fn.cast._dtensors import is_sharded
+from automodel_fn.cast._dtensors import is_distributed
 from automodel_fn.cast._fsdp import (
     Padded,
     fsdp_groups,
@@ -36,10 +36,11 @@ class Shards:
 
     def __init__(self, model_scan: ModelScan, vote: Vote | None = None) -> None:
         self._vote = vote
-        self._names = {id(item.tensor): item.names[0] for item in model_scan.tensors}
-        self._modules = tuple(module for _, _, module in model_scan.modules)
-        sharded = [item.tensor for item in model_scan.tensors if is_sharded(item.tensor)]
-        self._groups = fsdp_groups(self._modules) if sharded else ()
+        sharded = [item for item in model_scan.tensors if is_distributed(item.tensor)]
+        self._tensors = tuple(item.tensor for item in sharded)
+        self._names = {id(item.tensor): item.names[0] for item in sharded}
+        self._modules = tuple(module for _, _, module in model_scan.modules) if sharded else ()
+        self._groups = fsdp_groups(self._modules)
         self._padded: Padded = ()
         self._grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.are_any = bool(sharded)
@@ -57,7 +58,12 @@ class Shards:
         refuse_unfinished(self._groups, self._name_of)
         reshard(self._modules)
         self._padded = padded_data(self._groups)
-        self._grads = [(t, grad) for t in sharded if (grad := t.grad) is not None]
+        changing = {id(tensor) for tensor in sharded}
+        self._grads = [
+            (owner, grad)
+            for owner in self._tensors
+            if (grad := owner.grad) is not None and not changing.isdisjoint((id(owner), id(grad)))
+        ]
         for tensor, _ in self._grads:
             tensor.grad = None
 

@@ -28,6 +28,7 @@ from models import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -242,6 +243,8 @@ def claim_a_cast_that_fails_on_one_rank_leaves_the_model_as_before_on_all():
         if report is not None:
             report.undo()
         State(model, optimizer).assert_is(before)
+        with torch.no_grad():
+            assert loss_of(model).item() == loss_of(plain).item(), n
     assert outcomes == {True, False}
     assert train(model, optimizer) == train(plain, plain_optimizer)
 
@@ -339,6 +342,27 @@ def claim_a_cast_in_the_middle_of_a_step_is_refused_and_the_step_can_end():
     loss = loss_of(model)
     loss.backward()
     apply(plan)  # the loss is still held
+
+
+def claim_replicas_of_shards_are_cast_alike_but_not_before_they_are_summed_up():
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    model, plain = build(), build()
+    for layer in model.layers:
+        for unit in (layer.norm, layer.decay, layer):
+            fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer, plain_optimizer = adamw(model), adamw(plain)
+    assert train(model, optimizer) == train(plain, plain_optimizer)
+    model.set_requires_all_reduce(False)
+    loss_of(model).backward()
+    plan = cast_plan(model, bf16)
+    raised(ConfigError, lambda: apply(plan), holding=("not reduced",))
+    model.set_requires_all_reduce(True)
+    loss_of(model).backward()
+    cast_both(model, plain, optimizer, plain_optimizer)
+    assert train(model, optimizer) == train(plain, plain_optimizer)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_same_bits(whole(p), q, name)
 
 
 def claim_a_parameter_with_a_weak_reference_is_refused_by_name():
