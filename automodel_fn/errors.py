@@ -35,6 +35,10 @@ class PartialCastError(AutomodelFnError, RuntimeError):
     """A cast could neither be finished nor undone; the message lists what is left to do."""
 
 
+class OtherRankError(AutomodelFnError, RuntimeError):
+    """Another rank could not do its part; on this one everything is as it was before."""
+
+
 class BackendUnavailableError(AutomodelFnError, ImportError):
     """What was asked for by name cannot run here; the message says what would."""
 

@@ -84,6 +84,9 @@ def apply(
     originals' memory is held by the report. Widening casts always keep their originals until the
     first narrowing one is in place.
 
+    A sharded model is cast by all of its ranks together: each has to call `apply`, and if one
+    cannot cast, none has. Its originals are kept until all are done.
+
     Args:
         plan: A plan, as `cast_plan` and its kind return it.
         model: The model to change; by default the one that the plan was made from.
@@ -98,6 +101,7 @@ def apply(
             listed and nothing was changed.
         ConfigError: There is no model: the plan came from JSON, or its model is gone.
         PartialCastError: An interrupted cast could be neither finished nor rolled back.
+        OtherRankError: It failed on another rank of a sharded model, and was rolled back on this.
 
     Example:
         >>> import torch

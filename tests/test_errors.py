@@ -11,6 +11,7 @@ BUILTINS = {
     "StalePlanError": RuntimeError,
     "ScopeError": RuntimeError,
     "PartialCastError": RuntimeError,
+    "OtherRankError": RuntimeError,
     "BackendUnavailableError": ImportError,
     "BenchmarkError": RuntimeError,
     "PatchError": RuntimeError,

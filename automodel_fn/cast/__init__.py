@@ -9,13 +9,16 @@ from automodel_fn.cast._plan import CastPlan, PlanDifference
 from automodel_fn.cast._planners import cast_plan, frozen_cast_plan
 from automodel_fn.cast._range import RangeLoss
 from automodel_fn.cast._report import CastReport
+from automodel_fn.cast._shard import shard_by_plan
 from automodel_fn.cast._snapshot import SavedTensor, Snapshot, restore, snapshot
 from automodel_fn.cast._temporary import temporary_cast
+from automodel_fn.cast._units import FSDPUnit
 
 __all__ = [
     "BoundaryHandle",
     "CastPlan",
     "CastReport",
+    "FSDPUnit",
     "Finding",
     "PlanDifference",
     "RangeLoss",
@@ -27,6 +30,7 @@ __all__ = [
     "fp32_boundaries",
     "frozen_cast_plan",
     "restore",
+    "shard_by_plan",
     "snapshot",
     "temporary_cast",
 ]

@@ -14,11 +14,14 @@ from automodel_fn.cast._batches import conversions_of
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, dry_run
+from automodel_fn.cast._dtensors import is_whole
 from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
+from automodel_fn.cast._groups import refuse_mixed_groups
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport
-from automodel_fn.cast._rules import is_plain, storage_groups
+from automodel_fn.cast._rules import storage_groups
+from automodel_fn.cast._sharded import together
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.cast._undo import Undo
 from automodel_fn.errors import StalePlanError, itemized
@@ -38,16 +41,20 @@ def apply_cast_plan(
     """Carry a cast plan out, wholly or not at all; see `apply`."""
     target = plan.model() if model is None else model
     model_scan = scan(target)
-    groups = storage_groups(model_scan.tensors)
-    refuse_stale(plan, model_scan, groups)
-    optimizers = plan.optimizer_refs.alive()
-    conversions = conversions_of(plan.entries, model_scan, groups, optimizers)
-    dry_run(conversions)
-    count = RangeCount(conversions)
+    conversions: tuple[Conversion, ...] = ()
     originals: Originals | None = None
+    is_sharded = False
     try:
-        with interrupts_deferred():
-            originals = exchange(count.exchanges(), keep_originals=keep_originals)
+        with interrupts_deferred(), together(model_scan) as shards:
+            is_sharded = shards.are_any
+            groups = storage_groups(model_scan.tensors)
+            refuse_stale(plan, model_scan, groups)
+            refuse_mixed_groups(model_scan, plan.entries)
+            optimizers = plan.optimizer_refs.alive()
+            conversions = conversions_of(plan.entries, model_scan, groups, optimizers)
+            dry_run(conversions)
+            count = RangeCount(conversions)
+            originals = exchange(count.exchanges(), shards, keep_originals=keep_originals)
         losses = count.losses()
         notes = (*plan.notes, *range_note(losses))
         if notes:
@@ -58,13 +65,14 @@ def apply_cast_plan(
             plan.entries,
             bytes_before=sum(numel * e.from_dtype.itemsize for numel, e in sized),
             bytes_after=sum(numel * e.to_dtype.itemsize for numel, e in sized),
-            notes=(*notes, *_view_note(conversions)),
+            notes=(*notes, *_view_note(conversions), *_part_note(conversions)),
             range_losses=losses,
             checksums=_checksums(model_scan) if checksum else (),
             undo_cast=undo,
         )
     except BaseException:
-        if keep_originals and originals is not None:
+        # A sharded model stays cast: the other ranks have heard that it is.
+        if keep_originals and originals is not None and not is_sharded:
             _roll_back(conversions, originals)
         raise
 
@@ -108,7 +116,22 @@ def _checksums(model_scan: ModelScan) -> tuple[tuple[str, int], ...]:
     return tuple(
         (item.names[0], checksum_of(item.tensor))
         for item in model_scan.tensors
-        if is_plain(item.tensor)
+        if is_whole(item.tensor)
+    )
+
+
+def _part_note(conversions: Sequence[Conversion]) -> tuple[str, ...]:
+    parts = [
+        name
+        for conversion in conversions
+        for name, tensor in zip(conversion.names, conversion.tensors, strict=True)
+        if not is_whole(tensor)
+    ]
+    if not parts:
+        return ()
+    return (
+        f"{len(parts)} gradients are sums over ranks that are still to be made, as {parts[0]!r}: "
+        "their parts were cast, which is not quite to cast the sum",
     )
 
 

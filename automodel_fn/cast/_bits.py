@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from automodel_fn.cast._dtensors import is_distributed, local, on_shards
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20
 _MULTIPLIER = 0x5851_F42D_4C95_7F2D
@@ -26,7 +28,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors agree in shape, dtype and every bit.
+    """Whether two tensors agree in shape, dtype and every bit that this rank holds.
 
     Example:
         >>> same_bits(torch.tensor(float("nan")), torch.tensor(float("nan")))
@@ -34,6 +36,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
+    left, right = local(left), local(right)
     return left.is_meta or torch.equal(bits(left), bits(right))
 
 
@@ -64,6 +67,9 @@ def merged(
     """
     if original.shape != current.shape or current.is_meta:
         return current.to(dtype)
+    if is_distributed(current):
+        rest = () if unedited is None else (unedited,)
+        return on_shards(lambda c, o, *u: merged(o, c, dtype, *u), current, original, *rest)
     if unedited is None or unedited.dtype != current.dtype:
         unedited = original.to(current.dtype)
     return torch.where(bits(unedited) == bits(current), original.to(dtype), current.to(dtype))
@@ -71,6 +77,8 @@ def merged(
 
 def checksum(tensor: torch.Tensor) -> int:
     """A 64-bit checksum of a tensor's bits in logical order, the same on every device.
+
+    Of a DTensor it is that of this rank's shard.
 
     Each element is multiplied by an odd number that depends on its place, and the products are
     added modulo 2**64: a change of any one element always shows.
@@ -80,6 +88,7 @@ def checksum(tensor: torch.Tensor) -> int:
         >>> checksum(weight) == checksum(weight.clone()), checksum(weight) == checksum(-weight)
         (True, False)
     """
+    tensor = local(tensor)
     if tensor.is_meta:
         return 0
     flat = bits(tensor.detach().contiguous()).reshape(-1)

@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import attrs
 import torch
+from torch.distributed.tensor import DTensor
 
 from automodel_fn.cast._convert import converted, converted_views
+from automodel_fn.cast._dtensors import local
 from automodel_fn.cast._exchange import Exchange
 from automodel_fn.dtypes import dtype_name, is_wider
 
@@ -68,7 +70,7 @@ class Conversion:
             make=self.made,
             num_bytes=largest // self.from_dtype.itemsize * self.to_dtype.itemsize,
             can_finish=not is_wider(self.to_dtype, self.from_dtype)
-            and all(map(_has_torchs_functions, set(map(type, self.tensors)))),
+            and all(map(_is_bound_to_finish, set(map(type, self.tensors)))),
             parts=lambda: tuple(part.exchange() for part in self.parts()),
         )
 
@@ -84,10 +86,11 @@ def each_with_data(
             yield from zip(conversion.parts(), ((tensor,) for tensor in tensors), strict=True)
 
 
-def _has_torchs_functions(kind: type[torch.Tensor]) -> bool:
+def _is_bound_to_finish(kind: type[torch.Tensor]) -> bool:
     """Whether no subclass has a word in its conversion, and could refuse it again and again."""
     function: Any = kind.__torch_function__
-    return getattr(function, "__func__", function) in _TORCHS_FUNCTIONS
+    is_torchs = getattr(function, "__func__", function) in _TORCHS_FUNCTIONS
+    return is_torchs and not issubclass(kind, DTensor)
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -103,7 +106,7 @@ def dry_run(conversions: Sequence[Conversion]) -> None:
             kinds[kind, c.from_dtype, c.to_dtype, tensor.device] = tensor
     for (kind, from_dtype, to_dtype, _), tensor in kinds.items():
         try:
-            tensor.detach().new_empty(1).to(to_dtype)
+            local(tensor).detach().new_empty(1).to(to_dtype)
         except Exception as error:
             error.add_note(
                 f"while trying one element of {kind.__name__}, {dtype_name(from_dtype)} to "

@@ -7,6 +7,8 @@ from operator import methodcaller
 
 import torch
 
+from automodel_fn.cast._dtensors import is_plain, local, rewrapped
+
 # The same as `tensor.to(dtype)`, with less to parse: that is a third of a small tensor's cast.
 _TO_DTYPE: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {
     torch.float32: torch.Tensor.float,
@@ -17,10 +19,10 @@ _TO_DTYPE: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Each tensor in `dtype`, in a storage of its own."""
+    if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
+        return tuple(tensor.detach().to(dtype) for tensor in tensors)
     # Not by no_grad: interrupted as it begins it would stay.
     data = tuple([tensor.data for tensor in tensors])
-    if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
-        return tuple(tensor.to(dtype) for tensor in data)
     if data[0].is_cuda and len(data) > 1:
         return _converted_together(data, dtype)
     return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), data))
@@ -45,6 +47,9 @@ def converted_views(
     tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """Tensors that are views of one storage in `dtype`, and views of one storage again."""
+    if not all(map(is_plain, tensors)):
+        made = converted_views(tuple(map(local, tensors)), dtype)
+        return tuple(map(rewrapped, tensors, made))
     start = min(tensor.storage_offset() for tensor in tensors)
     end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
     flat = tensors[0].detach().as_strided((end - start,), (1,), start).to(dtype)

@@ -2,7 +2,8 @@
 
 `tensor.data = new` keeps the tensor object: parameters keep their ties, hooks, attributes and
 optimizer references, buffers stay one object under all their names. It reaches no operator and
-allocates nothing, so what can fail is making the new data, and an interruption in between.
+allocates nothing, so what can fail is making the new data, and an interruption in between. A
+DTensor stays the same object too, but is given its new content in another way.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import attrs
 import torch
 
+from automodel_fn.cast._dtensors import is_distributed, swap_content
+from automodel_fn.cast._sharded import Shards, insist
 from automodel_fn.errors import PartialCastError, itemized
 
 _TRIES = 64
@@ -49,7 +53,11 @@ Originals = tuple[tuple[torch.Tensor, ...], ...]
 
 
 def exchange(
-    exchanges: Sequence[Exchange], *, keep_originals: bool = False, must_finish: bool = False
+    exchanges: Sequence[Exchange],
+    shards: Shards | None = None,
+    *,
+    keep_originals: bool = False,
+    must_finish: bool = False,
 ) -> Originals:
     """Carry out all exchanges or none.
 
@@ -59,6 +67,8 @@ def exchange(
 
     Args:
         exchanges: What to do.
+        shards: The sharded side of the model. If there is one, every original is kept until all
+            ranks are done.
         keep_originals: Keep every original, so that any interruption rolls back.
         must_finish: Never roll back: where what was there before is the wrong state to be in.
 
@@ -69,18 +79,27 @@ def exchange(
         PartialCastError: An interrupted run could be neither rolled back nor finished.
     """
     order = sorted(range(len(exchanges)), key=lambda i: exchanges[i].can_finish)
-    run = _Run([exchanges[i] for i in order], keep_originals, must_finish)
+    keeps = keep_originals or (shards is not None and shards.are_any)
+    run = _Run([exchanges[i] for i in order], keeps, must_finish)
     with interrupts_deferred() as check_interrupt:
         run.reserve()
+        if shards is not None:
+            shards.begin(tensor for item in exchanges for tensor in item.tensors)
         try:
             while run.num_done < len(order):
                 if not must_finish:
                     check_interrupt()
                 run.advance()
-            if keep_originals:
+            if shards is not None:
+                shards.refresh()
+            if keeps:
                 check_interrupt()
+            if shards is not None:
+                shards.confirm()
         except BaseException:
             run.settle()
+            if shards is not None:
+                shards.settled(is_finished=must_finish)
             raise
     if not keep_originals:
         return ()
@@ -131,7 +150,7 @@ class _Run:
         """After an interruption: roll back, or finish if an original is gone already."""
         if not self._has_released:
             for item, original in zip(self._exchanges, self.originals, strict=False):
-                _assign(item.tensors, original)
+                insist(partial(_assign, item.tensors, original))
             return
         self._reserve.clear()
         self._divide()
@@ -165,7 +184,10 @@ class _Run:
 
 def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -> None:
     for tensor, new in zip(tensors, data, strict=True):
-        tensor.data = new
+        if is_distributed(tensor):
+            swap_content(tensor, new)
+        else:
+            tensor.data = new
 
 
 @contextmanager

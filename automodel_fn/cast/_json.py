@@ -12,7 +12,8 @@ from automodel_fn.dtypes import dtype_name, parse_dtype
 from automodel_fn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from automodel_fn.cast._plan import CastPlan, TensorCast
+    from automodel_fn.cast._entries import TensorCast
+    from automodel_fn.cast._plan import CastPlan
 
 FORMAT = "automodel_fn.cast_plan/1"
 

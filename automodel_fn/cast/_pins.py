@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch import nn
 
+from automodel_fn.cast._fsdp import class_of
 from automodel_fn.cast._tensors import NONPERSISTENT_BUFFER, ModelScan, NamedTensor
 from automodel_fn.errors import BackendUnavailableError, ConfigError
 from automodel_fn.fqn import ancestry, has_segments, without_parametrizations
@@ -126,7 +127,7 @@ def _declarations(model_scan: ModelScan, match: str, dtype: torch.dtype) -> Iter
 def _keywords(
     module: nn.Module, match: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Iterable[str]]]:
-    kind = type(module).__name__
+    kind = class_of(module).__name__
     if match == "hf" and hasattr(type(module), "_get_dtype_plan"):
         hf_model: Any = module
         plan: dict[str, torch.dtype] = hf_model._get_dtype_plan(dtype)

@@ -11,6 +11,7 @@ from torch import nn
 
 from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._json import plan_from_json, plan_to_json
+from automodel_fn.cast._units import FSDPUnit, units_of
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
 from automodel_fn.plans import Row
@@ -119,6 +120,14 @@ class CastPlan:
         """
         entries = tuple(entry.inverse() for entry in self.entries)
         return attrs.evolve(self, entries=entries, dtype=self.inverse_of, inverse_of=self.dtype)
+
+    def fsdp_units(self) -> tuple[FSDPUnit, ...]:
+        """The modules that have to be units of their own in FSDP2's `fully_shard`.
+
+        Raises:
+            ConfigError: The plan has no single dtype, as an inverse.
+        """
+        return units_of(self.entries, self.dtype)
 
     def diff(self, other: CastPlan) -> tuple[PlanDifference, ...]:
         """The tensors of which `other` says something else, in our order, then in theirs."""

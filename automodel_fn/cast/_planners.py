@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from automodel_fn.cast._frozen import frozen_rule
+from automodel_fn.cast._groups import compute_notes, left_to_fsdp, refuse_mixed_groups
 from automodel_fn.cast._pins import Pins, declared_pins
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._promotion import boundary_owners
@@ -57,8 +58,9 @@ def cast_plan(
         The plan, to read, compare, write to JSON, and `apply`.
 
     Raises:
-        ConfigError: An argument that is none of these, a pattern that matches nothing, or a
-            declaration that is no list of keywords.
+        ConfigError: An argument that is none of these, a pattern that matches nothing, a
+            declaration that is no list of keywords, or a group of FSDP2 whose trainable parameters
+            would have several dtypes.
 
     Example:
         >>> from automodel_fn import bf16
@@ -100,7 +102,8 @@ def frozen_cast_plan(
 
     Where trainable weights are stored in float32 and computed in bf16, a fully frozen part (a
     vision tower) needs no float32 storage: every largest subtree without a trainable parameter is
-    cast, parameters and buffers; declared fp32 pins stay. Replaces
+    cast, parameters and buffers; declared fp32 pins stay. Parameters that FSDP2 has sharded are
+    left to it, since its mixed precision policy says what they are computed in. Replaces
     `cast_frozen_modules_to_compute_dtype` (NeMo Automodel).
 
     Args:
@@ -132,11 +135,14 @@ def frozen_cast_plan(
     target = parse_castable(compute_dtype, "compute_dtype")
     pins = declared_pins(model_scan, "substring", target)
     frozen = frozen_rule(model_scan, mixed, pins.reasons)
+    left = left_to_fsdp(model_scan)
 
     def rule(index: int, item: NamedTensor) -> Decision:
         reason = frozen(item)
         if reason is None:
             return uncastable(item) or skipped(item, "trainable, or not in a frozen part")
+        if id(item.tensor) in left:
+            return skipped(item, f"{reason}; {left[id(item.tensor)]}")
         return _pinned_or(item, index, pins, lambda: cast_rule(item, target, buffers, reason))
 
     return _plan(model, model_scan, rule, target, pins)
@@ -182,13 +188,15 @@ def _plan(
     optimizers: Iterable[Optimizer] = (),
 ) -> CastPlan:
     entries, shared = decide(model_scan.tensors, rule)
+    refuse_mixed_groups(model_scan, entries)
     needed = boundary_owners(model_scan, entries, dtype)
     boundaries = tuple(owner.note() for owner in needed)
+    computed = compute_notes(model_scan, entries)
     gone = [e.name for e in entries if e.action == "keep" and e.changes]
     return CastPlan(
         entries,
         dtype=dtype,
-        notes=(*pins.notes, *shared, *_gone_note(gone), *boundaries),
+        notes=(*pins.notes, *shared, *_gone_note(gone), *boundaries, *computed),
         model_ref=WeakObjects(model),
         optimizer_refs=WeakObjects(*optimizers),
     )

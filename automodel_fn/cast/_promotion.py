@@ -9,7 +9,6 @@ nothing can be said, and nothing is.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_fn.cast._entries import KEEP, TensorCast
+from automodel_fn.cast._fsdp import class_of, copied_without_fsdp
+from automodel_fn.cast._groups import in_fp32_units
 from automodel_fn.cast._tensors import ModelScan
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.fqn import owner_of
@@ -61,7 +62,7 @@ class BoundaryOwner:
     def note(self) -> str:
         """The owner in words."""
         return (
-            f"the fp32 pins of {self.name!r} ({type(self.module).__name__}) need "
+            f"the fp32 pins of {self.name!r} ({class_of(self.module).__name__}) need "
             f"fp32_boundaries(model, plan): given {dtype_name(self.compute_dtype)} it {self.found}"
         )
 
@@ -77,10 +78,11 @@ def boundary_owners(
         if entry.action == KEEP:
             for name in entry.names:
                 pinned[owner_of(name)].add(name)
+    inside = in_fp32_units(model_scan, dtype)
     verdicts: dict[Any, str | None] = {}
     owners: dict[int, BoundaryOwner] = {}
     for name, _, module in model_scan.modules:
-        if name not in pinned or id(module) in owners:
+        if name not in pinned or id(module) in owners or module in inside:
             continue
         keys = frozenset(pin.rpartition(".")[2] for pin in pinned[name])
         signature = _signature(module, keys)
@@ -179,4 +181,4 @@ def _on_meta(module: nn.Module, keys: frozenset[str], dtype: torch.dtype) -> nn.
         twin = torch.empty(tensor.shape, dtype=stored, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-    return copy.deepcopy(module, memo)
+    return copied_without_fsdp(module, memo)

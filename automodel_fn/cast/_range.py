@@ -13,8 +13,8 @@ import attrs
 import torch
 
 from automodel_fn.cast._conversions import Conversion
+from automodel_fn.cast._dtensors import is_plain, local
 from automodel_fn.cast._exchange import Exchange
-from automodel_fn.cast._rules import is_plain
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
@@ -92,7 +92,7 @@ class RangeCount:
     def _count(self, conversion: Conversion, data: tuple[torch.Tensor, ...]) -> None:
         parts = zip(conversion.names, conversion.tensors, data, strict=True)
         for name, before, after in parts:
-            num_infinite, num_zero = range_loss(before.detach(), after)
+            num_infinite, num_zero = range_loss(local(before).detach(), local(after))
             loss = RangeLoss(name, num_infinite=num_infinite, num_zero=num_zero)
             self._found[id(before)] = loss if num_infinite or num_zero else None
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, cast
 
 import attrs
 import torch
-from torch import nn
 
+from automodel_fn.cast._dtensors import is_whole, local
 from automodel_fn.cast._entries import CAST, KEEP, SKIP, TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 from automodel_fn.dtypes import CASTABLE, dtype_name
@@ -46,22 +45,12 @@ def skipped(item: NamedTensor, reason: str, *, is_mild: bool = False) -> Decisio
 
 def uncastable(item: NamedTensor) -> Decision | None:
     """The decision for a tensor that no cast may touch, or None for one that it may."""
-    if not is_plain(item.tensor):
+    if not is_whole(item.tensor):
         kind = type(item.tensor).__name__
         return skipped(item, f"a {kind} is left as it is: only plain tensors are cast")
     if item.tensor.dtype not in CASTABLE:
         return skipped(item, f"{dtype_name(item.tensor.dtype)} is left as it is")
     return None
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds its own dense storage, and no subclass decides what its data is."""
-    kind = type(tensor)
-    if kind is not nn.Parameter and kind is not torch.Tensor:
-        ours, plain = cast("tuple[Any, Any]", (kind, torch.Tensor))
-        if ours.__torch_dispatch__ is not plain.__torch_dispatch__:
-            return False
-    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def kept(item: NamedTensor, reason: str) -> Decision:
@@ -112,10 +101,9 @@ def storage_groups(tensors: Sequence[NamedTensor]) -> list[list[int]]:
     holders: dict[int, int | list[int]] = {}
     groups: list[list[int]] = []
     for index, item in enumerate(tensors):
-        tensor = item.tensor
-        if not (is_plain(tensor) and tensor.numel()):
+        if not is_whole(item.tensor) or not (held := local(item.tensor)).numel():
             continue
-        storage = tensor.untyped_storage()._cdata
+        storage = held.untyped_storage()._cdata
         first = holders.setdefault(storage, index)
         if first == index:
             continue

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._compare import Finding
-from automodel_fn.cast._convert import converted_views, write
+from automodel_fn.cast._convert import converted, converted_views, write
+from automodel_fn.cast._dtensors import is_sharded, is_whole, local, rewrapped
 from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._plan import WeakObjects
-from automodel_fn.cast._rules import is_plain, storage_groups
+from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._selection import selected
+from automodel_fn.cast._sharded import together
 from automodel_fn.cast._tensors import NamedTensor, scan
 from automodel_fn.errors import ConfigError, StalePlanError, itemized
 
@@ -71,8 +73,8 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """How much memory the copies take."""
-        return sum(saved.data.nbytes for saved in self.tensors)
+        """How much memory the copies take, on this rank."""
+        return sum(local(saved.data).nbytes for saved in self.tensors)
 
 
 def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> Snapshot:
@@ -102,7 +104,7 @@ def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> Snap
     if names is not None:
         chosen = selected(model_scan, names, "names")
         items = tuple(item for index, item in enumerate(items) if index in chosen)
-    special = [item.names[0] for item in items if not is_plain(item.tensor)]
+    special = [item.names[0] for item in items if not is_whole(item.tensor)]
     if special:
         raise ConfigError(
             itemized(
@@ -118,7 +120,8 @@ def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> Snap
 def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
     """Give a model's tensors the dtypes and bits of a snapshot, wholly or not at all.
 
-    The tensors stay the same objects, with their ties. Gradients are left as they are.
+    The tensors stay the same objects, with their ties. Gradients are left as they are, but where a
+    sharded tensor gets another dtype its gradient gets it too.
     Replaces `_restore_fp32_tensor_snapshots` (NeMo Automodel).
 
     Args:
@@ -139,7 +142,12 @@ def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
         True
     """
     target = saved.model() if model is None else model
-    items = scan(target).tensors
+    model_scan = scan(target)
+    with together(model_scan) as shards:
+        exchange(_checked(saved, model_scan.tensors), shards, keep_originals=True)
+
+
+def _checked(saved: Snapshot, items: Sequence[NamedTensor]) -> list[Exchange]:
     held = {item.names: item for item in items}
     found = [finding for one in saved.tensors for finding in _misfits(one, held)]
     if found:
@@ -151,7 +159,7 @@ def restore(saved: Snapshot, model: nn.Module | None = None) -> None:
             )
         )
     copies = {one.names: one.data for one in saved.tensors}
-    exchange(list(_exchanges(items, copies)), keep_originals=True)
+    return list(_exchanges(items, copies))
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,8 +173,8 @@ def _misfits(saved: SavedTensor, held: Mapping[tuple[str, ...], NamedTensor]) ->
             saved.names[0], what="names", expected=", ".join(saved.names), found="other names"
         )
         return
-    for what in ("shape", "device"):
-        expected, found = getattr(saved.data, what), getattr(item.tensor, what)
+    for what in ("shape", "device", "placements"):
+        expected, found = (getattr(t, what, None) for t in (saved.data, item.tensor))
         if expected != found:
             yield Finding(saved.names[0], what=what, expected=str(expected), found=str(found))
 
@@ -188,6 +196,25 @@ def _exchanges(
             num_bytes=sum(member.tensor.nbytes for member in members),
             can_finish=False,
         )
+        yield from _gradients(members, copies)
+
+
+def _gradients(
+    members: Sequence[NamedTensor], copies: Mapping[tuple[str, ...], torch.Tensor]
+) -> Iterator[Exchange]:
+    """The gradients of sharded tensors that get another dtype: PyTorch wants them to agree."""
+    for member in members:
+        copy, grad = copies.get(member.names), member.tensor.grad
+        if copy is None or grad is None or not is_sharded(grad):
+            continue
+        if grad.dtype == member.tensor.dtype != copy.dtype:
+            yield Exchange(
+                (f"{member.names[0]}.grad",),
+                tensors=(grad,),
+                make=partial(converted, (grad,), copy.dtype),
+                num_bytes=grad.nbytes,
+                can_finish=False,
+            )
 
 
 def _restored(
@@ -196,6 +223,10 @@ def _restored(
     if len(members) == 1:
         return (_copy(copies[members[0].names]),)
     tensors = tuple(member.tensor for member in members)
+    if any(map(is_sharded, tensors)):
+        shards = [attrs.evolve(member, tensor=local(member.tensor)) for member in members]
+        made = _restored(shards, {names: local(copy) for names, copy in copies.items()})
+        return tuple(map(rewrapped, tensors, made))
     dtypes = {copies[m.names].dtype for m in members if m.names in copies}
     if dtypes <= {tensor.dtype for tensor in tensors}:
         fresh = _on_new_storage(tensors)

@@ -16,6 +16,7 @@ from automodel_fn.cast._convert import converted, converted_views, write
 from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
+from automodel_fn.cast._sharded import Shards, together
 from automodel_fn.cast._tensors import scan
 from automodel_fn.dtypes import CASTABLE, parse_castable
 
@@ -54,22 +55,24 @@ def temporary_cast(
     """
     inside = parse_castable(dtype)
     plan = uniform_plan(model, inside)
+    model_scan = scan(model)
     entries = plan.entries if then is None else cast_plan(model, then).entries
     targets = {
         name: entry.from_dtype if then is None else entry.to_dtype
         for entry in entries
         for name in entry.names
     }
-    model_scan = scan(model)
-    groups = storage_groups(model_scan.tensors)
-    conversions = conversions_of(plan.entries, model_scan, groups)
-    dry_run(conversions)
+    conversions: tuple[Conversion, ...] = ()
     originals: Originals | None = None
     is_over = False
     try:
         try:
-            with interrupts_deferred():
-                originals = exchange([c.exchange() for c in conversions], keep_originals=True)
+            with interrupts_deferred(), together(model_scan) as shards:
+                groups = storage_groups(model_scan.tensors)
+                conversions = conversions_of(plan.entries, model_scan, groups)
+                dry_run(conversions)
+                exchanges = [conversion.exchange() for conversion in conversions]
+                originals = exchange(exchanges, shards, keep_originals=True)
             yield model
         finally:
             _bring_back(model, targets, conversions, originals)
@@ -89,7 +92,8 @@ def _bring_back(
 ) -> None:
     if originals is not None:
         with interrupts_deferred():
-            exchange(_returns(model, targets, conversions, originals), must_finish=True)
+            back = _returns(model, targets, conversions, originals)
+            exchange(back, Shards(scan(model)), must_finish=True)
 
 
 def _returns(

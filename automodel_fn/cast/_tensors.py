@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from automodel_fn.cast._fsdp import fsdp_groups, shards_of_gathered
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.fqn import WRAPPER_SEGMENTS, joined
 
@@ -53,7 +54,8 @@ class ModelScan:
 def scan(model: nn.Module) -> ModelScan:
     """Walk a model: each parameter and buffer once, by identity, under all of its names.
 
-    Reads only, and needs no tensor data: a model on the meta device gives the same names.
+    Of a parameter that FSDP2 has gathered for a forward, the shard is what is found. Reads only,
+    and needs no tensor data: a model on the meta device gives the same names.
 
     Args:
         model: Any module.
@@ -64,7 +66,7 @@ def scan(model: nn.Module) -> ModelScan:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"model={type(model).__name__} must be a torch.nn.Module.")
     modules = _walked(model)
-    found = _Found()
+    found = _Found(shards_of_gathered(fsdp_groups(module for _, _, module in modules)))
     for name, raw_name, module in modules:
         if module._parameters:
             found.add(module._parameters, name, raw_name, PARAMETER)
@@ -77,7 +79,8 @@ def scan(model: nn.Module) -> ModelScan:
 class _Found:
     """What a walk has found so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Mapping[int, torch.Tensor]) -> None:
+        self._shards = shards
         self._by_id: dict[int, NamedTensor] = {}
         self._has_wrappers = False
 
@@ -94,6 +97,7 @@ class _Found:
         for key, tensor in held.items():
             if tensor is None:
                 continue
+            tensor = self._shards.get(id(tensor), tensor)
             names = raw_names = (f"{module}.{key}" if module else key,)
             if module is not raw_module:
                 raw_names = (joined(raw_module, key),)

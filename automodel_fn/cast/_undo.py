@@ -11,7 +11,8 @@ from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._conversions import Conversion, each_with_data, gradient_of
 from automodel_fn.cast._exchange import Exchange, Originals, exchange
 from automodel_fn.cast._plan import WeakObjects
-from automodel_fn.cast._tensors import scan
+from automodel_fn.cast._sharded import Shards, together
+from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.errors import StalePlanError, itemized
 
 
@@ -26,8 +27,15 @@ class Undo:
     def run(self) -> None:
         if self.originals is None:
             raise StalePlanError("this cast was undone already; there is nothing left to undo.")
-        pairs = tuple(each_with_data(self.conversions, self.originals))
-        present = {id(i.tensor) for model in self.model_ref.alive() for i in scan(model).tensors}
+        alive = self.model_ref.alive()
+        model_scan = scan(alive[0]) if alive else ModelScan((), modules=())
+        with together(model_scan) as shards:
+            self._run(self.originals, model_scan, shards)
+        self.originals = None
+
+    def _run(self, kept: Originals, model_scan: ModelScan, shards: Shards) -> None:
+        pairs = tuple(each_with_data(self.conversions, kept))
+        present = {id(item.tensor) for item in model_scan.tensors}
         changed = [
             conversion.names[0]
             for conversion, originals in pairs
@@ -43,8 +51,8 @@ class Undo:
                 )
             )
         reverse = [_reverse(*pair) for pair in pairs]
-        exchange([*reverse, *_new_gradients(self.conversions, present)], keep_originals=True)
-        self.originals = None
+        new_gradients = _new_gradients(self.conversions, present)
+        exchange([*reverse, *new_gradients], shards, keep_originals=True)
 
 
 def _is_unchanged(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from automodel_fn.cast._dtensors import is_plain
 from automodel_fn.cast._frozen import frozen_rule
-from automodel_fn.cast._rules import is_plain
 from automodel_fn.cast._tensors import PARAMETER, ModelScan, NamedTensor, scan
 from automodel_fn.compat._keywords import PRESERVED, has_keyword, lies_in, preserved_dtypes
 from automodel_fn.compat._packages import LOGGER

@@ -1,8 +1,8 @@
 """Give tensors of a model other dtypes, also such as a cast plan leaves alone, all or nothing.
 
-The original casts every floating-point tensor, float64 and float8 too. Plain tensors are exchanged
-together, wholly or not at all, and keep their identity; tensors of a subclass (sharded ones) go
-through `Module._apply`, the one public way that keeps FSDP2's own records right.
+The original casts every floating-point tensor, float64 and float8 too. Plain tensors and DTensors
+are exchanged together, wholly or not at all, and keep their identity; tensors of another subclass
+go through `Module._apply`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from functools import partial
 import attrs
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from automodel_fn.cast._conversions import Conversion, dry_run
+from automodel_fn.cast._dtensors import is_distributed, is_plain, is_whole
 from automodel_fn.cast._exchange import Exchange, exchange, interrupts_deferred
-from automodel_fn.cast._rules import is_plain, storage_groups
+from automodel_fn.cast._rules import storage_groups
+from automodel_fn.cast._sharded import Shards, together
 from automodel_fn.cast._tensors import NamedTensor, scan
 
 Rule = Callable[[NamedTensor], torch.dtype | None]
@@ -42,13 +43,6 @@ class _Change:
         return tuple(t for t in (self.tensor, self.tensor.grad) if t is not None)
 
 
-def reshard(model: nn.Module) -> None:
-    """Let FSDP2 take back what it gathered for a forward, so that the shards are what is seen."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def retype(model: nn.Module, rule: Rule) -> None:
     """Give each floating-point tensor the dtype that `rule` says, and its gradient with it.
 
@@ -59,20 +53,22 @@ def retype(model: nn.Module, rule: Rule) -> None:
     Raises:
         Exception: What a conversion raised; the model is as it was.
     """
-    items = scan(model).tensors
+    model_scan = scan(model)
+    items = model_scan.tensors
     wanted = _with_one_dtype_a_storage(items, [_wanted(item, rule) for item in items])
     changes = [
         _Change(item, dtype=dtype)
         for item, dtype in zip(items, wanted, strict=True)
         if dtype is not None and dtype != item.tensor.dtype
     ]
-    plain = [change for change in changes if is_plain(change.tensor)]
-    special = [change for change in changes if not is_plain(change.tensor)]
-    conversions = tuple(_conversions(plain))
-    dry_run(conversions)
-    with torch.no_grad():
-        new = [(old, old.to(c.dtype)) for c in special for old in c.with_grad]
-    _commit(model, [conversion.exchange() for conversion in conversions], new)
+    known = [change for change in changes if is_whole(change.tensor)]
+    special = [change for change in changes if not is_whole(change.tensor)]
+    with together(model_scan) as shards:
+        conversions = tuple(_conversions(known))
+        dry_run(conversions)
+        with torch.no_grad():
+            new = [(old, old.to(c.dtype)) for c in special for old in c.with_grad]
+        _commit(model, [conversion.exchange() for conversion in conversions], new, shards)
 
 
 def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
@@ -84,12 +80,13 @@ def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
         model: The model.
         data: By FQN, with wrappers or without, the values; plain tensors keep their identity.
     """
-    holders = {name: item for item in scan(model).tensors for name in _spellings(item)}
+    model_scan = scan(model)
+    holders = {name: item for item in model_scan.tensors for name in _spellings(item)}
     known = [(holders[name].tensor, new) for name, new in data.items() if name in holders]
     wanted = {id(tensor): (tensor, new) for tensor, new in known}
     grads = [(tensor.grad, tensor.grad) for tensor, _ in known if tensor.grad is not None]
     wanted |= {id(grad): (grad, new) for grad, new in grads if grad.dtype != torch.float32}
-    plain = [
+    known_exchanges = [
         Exchange(
             ("a restored tensor",),
             tensors=(tensor,),
@@ -98,10 +95,11 @@ def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
             can_finish=False,
         )
         for tensor, new in wanted.values()
-        if is_plain(tensor)
+        if is_whole(tensor)
     ]
-    special = [(tensor, *_copied(new)) for tensor, new in wanted.values() if not is_plain(tensor)]
-    _commit(model, plain, special)
+    special = [(tensor, *_copied(new)) for tensor, new in wanted.values() if not is_whole(tensor)]
+    with together(model_scan) as shards:
+        _commit(model, known_exchanges, special, shards)
 
 
 def _copied(new: torch.Tensor) -> tuple[torch.Tensor]:
@@ -140,8 +138,12 @@ def _conversions(changes: Sequence[_Change]) -> Iterator[Conversion]:
             tensors = tuple(member.tensor for member in members)
             yield _conversion(names, names, tensors, change.dtype)
         grad, name = change.tensor.grad, change.item.names[0]
-        if grad is not None and is_plain(grad) and grad.dtype != change.dtype:
+        if grad is not None and _is_known(grad) and grad.dtype != change.dtype:
             yield _conversion((f"{name}.grad",), (name,), (grad,), change.dtype)
+
+
+def _is_known(grad: torch.Tensor) -> bool:
+    return is_plain(grad) or is_distributed(grad)
 
 
 def _conversion(
@@ -161,10 +163,12 @@ def _conversion(
     )
 
 
-def _commit(model: nn.Module, plain: list[Exchange], new: Sequence[_New]) -> None:
-    """Exchange plain tensors, and give those of a subclass their new data; all or nothing."""
+def _commit(
+    model: nn.Module, exchanges: list[Exchange], new: Sequence[_New], shards: Shards
+) -> None:
+    """Exchange what can be, and give tensors of other subclasses new data; all or nothing."""
     if not new:
-        exchange(plain)
+        exchange(exchanges, shards)
         return
     # A parameter keeps its identity and takes other data; a buffer is another tensor then.
     back = [(tensor, tensor.detach()) for tensor, _ in new]
@@ -172,7 +176,7 @@ def _commit(model: nn.Module, plain: list[Exchange], new: Sequence[_New]) -> Non
     with interrupts_deferred():
         try:
             _apply_data(model, new)
-            exchange(plain, keep_originals=True)
+            exchange(exchanges, shards, keep_originals=True)
         except BaseException:
             # Stops where the first one stopped, if it did: what lies behind was not changed.
             with suppress(Exception):

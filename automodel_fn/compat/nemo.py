@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from automodel_fn.cast._fsdp import reshard
 from automodel_fn.compat import (
     _backend,
     _flags,
@@ -30,7 +31,6 @@ from automodel_fn.compat import (
 )
 from automodel_fn.compat._casting import cast_frozen, cast_model, prepare_frozen
 from automodel_fn.compat._logits import causal_lm_output
-from automodel_fn.compat._retype import reshard
 from automodel_fn.compat._rope import rope_parts
 from automodel_fn.nn import _rms_norm
 from automodel_fn.te import _unallocated
@@ -142,7 +142,7 @@ def cast_model_to_dtype(
     ignore_preserved_dtypes: bool = False,
 ) -> None:
     """Cast a model, but for its declared fp32 pins and the submodules named in `skip_modules`."""
-    reshard(model)
+    reshard(model.modules())
     cast_model(
         model,
         dtype,
@@ -208,7 +208,7 @@ def cast_frozen_modules_to_compute_dtype(
 ) -> None:
     """Cast frozen parts, and modules that mix frozen weights with adapters; None does nothing."""
     if compute_dtype is not None:
-        reshard(model)
+        reshard(model.modules())
         cast_frozen(model, compute_dtype, _get_fp32_module_keywords(model))
 
 
