@@ -4,7 +4,8 @@ from automodel_fn.cast._apply import apply_cast_plan as apply_cast_plan
 from automodel_fn.cast._audit import audit
 from automodel_fn.cast._boundaries import BoundaryHandle, fp32_boundaries
 from automodel_fn.cast._compare import Finding
-from automodel_fn.cast._plan import CastPlan, PlanDifference, TensorCast
+from automodel_fn.cast._entries import TensorCast
+from automodel_fn.cast._plan import CastPlan, PlanDifference
 from automodel_fn.cast._planners import cast_plan, frozen_cast_plan
 from automodel_fn.cast._range import RangeLoss
 from automodel_fn.cast._report import CastReport

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 
 from torch import nn
 
@@ -15,7 +17,7 @@ from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupt
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport
-from automodel_fn.cast._rules import is_plain
+from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.cast._undo import Undo
 from automodel_fn.errors import StalePlanError, itemized
@@ -35,23 +37,26 @@ def apply_cast_plan(
     """Carry a cast plan out, wholly or not at all; see `apply`."""
     target = plan.model() if model is None else model
     model_scan = scan(target)
-    refuse_stale(plan, model_scan)
-    conversions = tuple(conversions_of(plan.entries, model_scan, plan.optimizer_refs.alive()))
+    groups = storage_groups(model_scan.tensors)
+    refuse_stale(plan, model_scan, groups)
+    optimizers = plan.optimizer_refs.alive()
+    conversions = conversions_of(plan.entries, model_scan, groups, optimizers)
     dry_run(conversions)
-    count = RangeCount({id(item.tensor): item.names[0] for item in model_scan.tensors})
+    count = RangeCount(conversions)
     originals: Originals | None = None
     try:
         with interrupts_deferred():
-            originals = exchange(count.exchanges(conversions), keep_originals=keep_originals)
+            originals = exchange(count.exchanges(), keep_originals=keep_originals)
         losses = count.losses()
         notes = (*plan.notes, *range_note(losses))
         if notes:
             _logger.warning(itemized("the cast plan has notes:", notes))
         undo = Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None
+        sized = [(math.prod(entry.shape), entry) for entry in plan.entries]
         return CastReport(
             plan.entries,
-            bytes_before=sum(entry.numel * entry.from_dtype.itemsize for entry in plan.entries),
-            bytes_after=sum(entry.numel * entry.to_dtype.itemsize for entry in plan.entries),
+            bytes_before=sum(numel * e.from_dtype.itemsize for numel, e in sized),
+            bytes_after=sum(numel * e.to_dtype.itemsize for numel, e in sized),
             notes=(*notes, *_view_note(conversions)),
             range_losses=losses,
             checksums=_checksums(model_scan) if checksum else (),
@@ -67,7 +72,7 @@ def _roll_back(conversions: Sequence[Conversion], originals: Originals) -> None:
     """Put kept originals back: without the report nobody could."""
     reverse = [
         Exchange(
-            c.name, tensors=c.tensors, make=partial(tuple, data), num_bytes=0, can_finish=False
+            c.names, tensors=c.tensors, make=partial(tuple, data), num_bytes=0, can_finish=False
         )
         for c, data in zip(conversions, originals, strict=True)
     ]
@@ -75,13 +80,18 @@ def _roll_back(conversions: Sequence[Conversion], originals: Originals) -> None:
         exchange(reverse, must_finish=True)
 
 
-def refuse_stale(plan: CastPlan, model_scan: ModelScan) -> None:
+def refuse_stale(plan: CastPlan, model_scan: ModelScan, groups: Sequence[Sequence[int]]) -> None:
     """Raise if the model is no longer as the plan found it.
+
+    Args:
+        plan: The plan.
+        model_scan: The model as it is now.
+        groups: The indices of its tensors that are views of one storage.
 
     Raises:
         StalePlanError: With every difference.
     """
-    found = findings(plan.entries, model_scan, lambda entry: entry.from_dtype)
+    found = findings(plan.entries, model_scan, groups, attrgetter("from_dtype"))
     if found:
         raise StalePlanError(
             itemized(
@@ -102,7 +112,12 @@ def _checksums(model_scan: ModelScan) -> tuple[tuple[str, int], ...]:
 
 
 def _view_note(conversions: Sequence[Conversion]) -> tuple[str, ...]:
-    views = [c.name for c in conversions if any(tensor._is_view() for tensor in c.tensors)]
+    views = [
+        name
+        for conversion in conversions
+        for name, tensor in zip(conversion.names, conversion.tensors, strict=True)
+        if tensor._is_view()
+    ]
     if not views:
         return ()
     return (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from torch import nn
 
 from automodel_fn.cast._bits import checksum
 from automodel_fn.cast._compare import Finding, findings
 from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._report import CastReport
+from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.errors import ConfigError
 
@@ -44,7 +47,8 @@ def audit(
     if not isinstance(plan, CastPlan | CastReport):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"plan={type(plan).__name__} must be a CastPlan or a CastReport.")
     model_scan = scan(model)
-    found = findings(plan.entries, model_scan, lambda entry: entry.to_dtype)
+    groups = storage_groups(model_scan.tensors)
+    found = findings(plan.entries, model_scan, groups, attrgetter("to_dtype"))
     return (*found, *_changed_bits(model_scan, plan)) if bits else found
 
 

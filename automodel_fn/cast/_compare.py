@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import attrs
 import torch
 
-from automodel_fn.cast._plan import TensorCast
-from automodel_fn.cast._rules import storage_groups
+from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._tensors import ModelScan, NamedTensor
 from automodel_fn.dtypes import dtype_name
 
@@ -42,6 +41,7 @@ class Finding:
 def findings(
     entries: Sequence[TensorCast],
     model_scan: ModelScan,
+    groups: Sequence[Sequence[int]],
     dtype_of: Callable[[TensorCast], torch.dtype],
 ) -> tuple[Finding, ...]:
     """Every way in which the model differs from the entries; empty if it does not.
@@ -49,8 +49,16 @@ def findings(
     Args:
         entries: A plan's entries.
         model_scan: The model as it is now.
+        groups: The indices of its tensors that are views of one storage.
         dtype_of: Which dtype of an entry the model should have.
     """
+    tensors = model_scan.tensors
+    torn = _torn_groups(entries, model_scan, groups) if groups else ()
+    if len(entries) == len(tensors) and all(
+        _is_as_planned(entry, item, dtype_of(entry))
+        for entry, item in zip(entries, tensors, strict=True)
+    ):
+        return tuple(torn)
     holders = {name: item for item in model_scan.tensors for name in item.names}
     found = [f for entry in entries for f in _differences(entry, holders, dtype_of(entry))]
     planned = {name for entry in entries for name in entry.names}
@@ -59,7 +67,18 @@ def findings(
         for item in model_scan.tensors
         if not planned.intersection(item.names)
     ]
-    return (*found, *_torn_groups(entries, model_scan))
+    return (*found, *torn)
+
+
+def _is_as_planned(entry: TensorCast, item: NamedTensor, dtype: torch.dtype) -> bool:
+    tensor = item.tensor
+    return (
+        entry.names == item.names
+        and entry.kind == item.kind
+        and entry.shape == tensor.shape
+        and dtype is tensor.dtype
+        and entry.requires_grad is tensor.requires_grad
+    )
 
 
 def _differences(
@@ -70,13 +89,7 @@ def _differences(
         yield Finding(entry.name, what="presence", expected="a tensor", found="absent")
         return
     tensor = item.tensor
-    if (
-        entry.names == item.names
-        and entry.kind == item.kind
-        and entry.shape == tensor.shape
-        and dtype is tensor.dtype
-        and entry.requires_grad is tensor.requires_grad
-    ):
+    if _is_as_planned(entry, item, dtype):
         return
     pairs = {
         "names": (", ".join(sorted(entry.names)), ", ".join(sorted(item.names))),
@@ -90,10 +103,12 @@ def _differences(
             yield Finding(entry.name, what=what, expected=expected, found=found)
 
 
-def _torn_groups(entries: Sequence[TensorCast], model_scan: ModelScan) -> Iterator[Finding]:
+def _torn_groups(
+    entries: Sequence[TensorCast], model_scan: ModelScan, groups: Sequence[Sequence[int]]
+) -> Iterator[Finding]:
     """Storages that the entries would tear apart: planned on a model that did not share them."""
     planned = {name: entry for entry in entries for name in entry.names}
-    for group in storage_groups(model_scan.tensors):
+    for group in groups:
         members = [model_scan.tensors[index].names[0] for index in group]
         known = [planned[name] for name in members if name in planned]
         if len({(entry.from_dtype, entry.to_dtype) for entry in known}) > 1 and any(

@@ -24,22 +24,24 @@ _TRIES = 64
 
 @attrs.frozen
 class Exchange:
-    """New data for one storage: for one tensor, or for all tensors that are views of it.
+    """New data for tensors that get it together: views of one storage, or many small tensors.
 
     Args:
-        name: What it is, for messages.
+        names: What the tensors are, for messages.
         tensors: The tensors that get new data.
         make: Makes the new data, one for each tensor; called again if it was interrupted.
-        num_bytes: Size of the new data.
+        num_bytes: Size of the new data, or of the largest of its parts.
         can_finish: Whether it may be finished when interrupted, since it takes less memory than
             what it replaces; otherwise its original is kept until the first that may.
+        parts: The same as exchanges that need less memory each; None if there are none.
     """
 
-    name: str
+    names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...] = attrs.field(kw_only=True)
     make: Callable[[], tuple[torch.Tensor, ...]] = attrs.field(kw_only=True)
     num_bytes: int = attrs.field(kw_only=True)
     can_finish: bool = attrs.field(kw_only=True)
+    parts: Callable[[], tuple[Exchange, ...]] | None = attrs.field(default=None, kw_only=True)
 
 
 Originals = tuple[tuple[torch.Tensor, ...], ...]
@@ -132,6 +134,7 @@ class _Run:
                 _assign(item.tensors, original)
             return
         self._reserve.clear()
+        self._divide()
         failures = 0
         while self.num_done < len(self._exchanges):
             try:
@@ -141,12 +144,20 @@ class _Run:
                 if failures == _TRIES:
                     raise self._stuck() from error
 
+    def _divide(self) -> None:
+        """Go on in the smallest steps; what is made already may be half in place."""
+        first = self.num_done + (self._fresh is not None)
+        left = self._exchanges[first:]
+        self._exchanges[first:] = [
+            p for item in left for p in (item.parts or (lambda i=item: (i,)))()
+        ]
+
     def _stuck(self) -> PartialCastError:
-        left = self._exchanges[self.num_done :]
+        left = [name for item in self._exchanges[self.num_done :] for name in item.names]
         return PartialCastError(
             itemized(
                 f"an interrupted cast could not be finished; {len(left)} tensors are as before:",
-                [item.name for item in left],
+                left,
                 "Free memory and plan again with cast_plan.",
             )
         )
@@ -155,35 +166,6 @@ class _Run:
 def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -> None:
     for tensor, new in zip(tensors, data, strict=True):
         tensor.data = new
-
-
-def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Each tensor in `dtype`; several are views of one storage, and so are the results."""
-    if len(tensors) == 1:
-        return (tensors[0].detach().to(dtype),)
-    start = min(tensor.storage_offset() for tensor in tensors)
-    end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
-    flat = tensors[0].detach().as_strided((end - start,), (1,), start).to(dtype)
-    views = tuple(
-        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
-        for tensor in tensors
-    )
-    for tensor, view in zip(tensors, views, strict=True):
-        # A CPU gives NaN other bits in memory with gaps: a tensor's own cast is what it must be.
-        if not tensor.is_contiguous():
-            write(view, tensor.detach().to(dtype))
-    return views
-
-
-def write(view: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy into a view, also into an expanded one, whose elements lie on one another."""
-    own = tuple(slice(1) if step == 0 else slice(None) for step in view.stride())
-    view[own].copy_(values[own])
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """How many elements of storage lie between a tensor's first and its last, inclusive."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager

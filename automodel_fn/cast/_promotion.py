@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from automodel_fn.cast._plan import KEEP, TensorCast
+from automodel_fn.cast._entries import KEEP, TensorCast
 from automodel_fn.cast._tensors import ModelScan
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.fqn import owner_of

@@ -7,7 +7,7 @@ smallest subnormals: casts to it are not counted, and cost nothing more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
@@ -50,48 +50,51 @@ class RangeLoss:
 class RangeCount:
     """Counts while conversions are carried out; a conversion that is repeated counts once."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self._names = names
-        self._found: dict[int, tuple[RangeLoss, ...]] = {}
+    def __init__(self, conversions: Sequence[Conversion]) -> None:
+        self._conversions = conversions
+        self._found: dict[int, RangeLoss | None] = {
+            id(tensor): None
+            for conversion in conversions
+            if conversion.to_dtype == torch.float16
+            for tensor in conversion.tensors
+        }
 
-    def exchanges(self, conversions: Sequence[Conversion]) -> list[Exchange]:
+    def exchanges(self) -> list[Exchange]:
         """The exchanges of the conversions; those to float16 also count.
 
         Counted is in the step that makes the new data: an error there is one of the conversion.
         """
-        return [self._exchange(index, item) for index, item in enumerate(conversions)]
+        return [self._exchange(conversion) for conversion in self._conversions]
 
     def losses(self) -> tuple[RangeLoss, ...]:
         """What was found, in the order of the conversions; without tensors that lost nothing."""
-        return tuple(loss for index in sorted(self._found) for loss in self._found[index])
+        return tuple(loss for loss in self._found.values() if loss is not None)
 
-    def _exchange(self, index: int, conversion: Conversion) -> Exchange:
+    def _exchange(self, conversion: Conversion) -> Exchange:
         exchange = conversion.exchange()
         if conversion.to_dtype != torch.float16:
             return exchange
 
         def make() -> tuple[torch.Tensor, ...]:
             data = exchange.make()
-            pairs = zip(conversion.tensors, data, strict=True)
-            found = (self._loss(conversion, before, after) for before, after in pairs)
-            self._found[index] = tuple(loss for loss in found if loss is not None)
+            self._count(conversion, data)
             return data
 
         # What the counting takes is set aside too, so that a cast can be finished with it.
         most = max(min(tensor.numel(), _chunk(tensor)) for tensor in conversion.tensors)
-        scratch = most * _SCRATCH_BYTES
-        return attrs.evolve(exchange, make=make, num_bytes=exchange.num_bytes + scratch)
+        return attrs.evolve(
+            exchange,
+            make=make,
+            num_bytes=exchange.num_bytes + most * _SCRATCH_BYTES,
+            parts=lambda: tuple(self._exchange(part) for part in conversion.parts()),
+        )
 
-    def _loss(
-        self, conversion: Conversion, before: torch.Tensor, after: torch.Tensor
-    ) -> RangeLoss | None:
-        num_infinite, num_zero = range_loss(before.detach(), after)
-        if not (num_infinite or num_zero):
-            return None
-        name = conversion.name
-        if conversion.is_weight and len(conversion.tensors) > 1:
-            name = self._names[id(before)]
-        return RangeLoss(name, num_infinite=num_infinite, num_zero=num_zero)
+    def _count(self, conversion: Conversion, data: tuple[torch.Tensor, ...]) -> None:
+        parts = zip(conversion.names, conversion.tensors, data, strict=True)
+        for name, before, after in parts:
+            num_infinite, num_zero = range_loss(before.detach(), after)
+            loss = RangeLoss(name, num_infinite=num_infinite, num_zero=num_zero)
+            self._found[id(before)] = loss if num_infinite or num_zero else None
 
 
 def range_loss(before: torch.Tensor, after: torch.Tensor) -> tuple[int, int]:

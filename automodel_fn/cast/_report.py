@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 
-from automodel_fn.cast._plan import TensorCast
+from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._range import RangeLoss
 from automodel_fn.errors import ConfigError
 from automodel_fn.plans import Row

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, cast
 
 import attrs
 import torch
+from torch import nn
 
-from automodel_fn.cast._plan import CAST, KEEP, SKIP, TensorCast
+from automodel_fn.cast._entries import CAST, KEEP, SKIP, TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 from automodel_fn.dtypes import CASTABLE, dtype_name
 
@@ -56,9 +56,12 @@ def uncastable(item: NamedTensor) -> Decision | None:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds its own dense storage, and no subclass decides what its data is."""
-    kind, plain = cast("tuple[Any, Any]", (type(tensor), torch.Tensor))
-    ordinary = kind.__torch_dispatch__ is plain.__torch_dispatch__
-    return ordinary and tensor.layout is torch.strided and not tensor.is_quantized
+    kind = type(tensor)
+    if kind is not nn.Parameter and kind is not torch.Tensor:
+        ours, plain = cast("tuple[Any, Any]", (kind, torch.Tensor))
+        if ours.__torch_dispatch__ is not plain.__torch_dispatch__:
+            return False
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def kept(item: NamedTensor, reason: str) -> Decision:
@@ -106,11 +109,21 @@ def decide(
 
 def storage_groups(tensors: Sequence[NamedTensor]) -> list[list[int]]:
     """The indices of distinct tensors that are views of one storage; single ones are left out."""
-    holders: defaultdict[int, list[int]] = defaultdict(list)
+    holders: dict[int, int | list[int]] = {}
+    groups: list[list[int]] = []
     for index, item in enumerate(tensors):
-        if is_plain(item.tensor) and item.tensor.numel():
-            holders[item.tensor.untyped_storage()._cdata].append(index)
-    return [group for group in holders.values() if len(group) > 1]
+        tensor = item.tensor
+        if not (is_plain(tensor) and tensor.numel()):
+            continue
+        storage = tensor.untyped_storage()._cdata
+        first = holders.setdefault(storage, index)
+        if first == index:
+            continue
+        if isinstance(first, int):
+            first = holders[storage] = [first]
+            groups.append(first)
+        first.append(index)
+    return groups
 
 
 def _follow(

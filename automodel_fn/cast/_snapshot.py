@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._compare import Finding
-from automodel_fn.cast._exchange import Exchange, converted, exchange, write
+from automodel_fn.cast._convert import converted_views, write
+from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.cast._rules import is_plain, storage_groups
 from automodel_fn.cast._selection import selected
@@ -175,13 +176,13 @@ def _exchanges(
 ) -> Iterator[Exchange]:
     """One exchange a storage; tensors that share it with a copied one get the new storage too."""
     groups = {index: group for group in storage_groups(items) for index in group}
-    for index, item in enumerate(items):
+    for index in range(len(items)):
         group = groups.get(index, [index])
         members = [items[member] for member in group]
         if index != group[0] or not any(member.names in copies for member in members):
             continue
         yield Exchange(
-            item.names[0],
+            tuple(member.names[0] for member in members),
             tensors=tuple(member.tensor for member in members),
             make=partial(_restored, members, copies),
             num_bytes=sum(member.tensor.nbytes for member in members),
@@ -199,7 +200,7 @@ def _restored(
     if dtypes <= {tensor.dtype for tensor in tensors}:
         fresh = _on_new_storage(tensors)
     else:
-        fresh = converted(tensors, dtypes.pop())
+        fresh = converted_views(tensors, dtypes.pop())
     for member, view in zip(members, fresh, strict=True):
         if member.names in copies:
             write(view, copies[member.names])

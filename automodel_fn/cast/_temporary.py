@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._bits import merged, same_bits
-from automodel_fn.cast._conversions import Conversion, conversions_of, dry_run, gradient_of
-from automodel_fn.cast._exchange import (
-    Exchange,
-    Originals,
-    converted,
-    exchange,
-    interrupts_deferred,
-    write,
+from automodel_fn.cast._conversions import (
+    Conversion,
+    conversions_of,
+    dry_run,
+    each_with_data,
+    gradient_of,
 )
+from automodel_fn.cast._convert import converted, converted_views, write
+from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._tensors import scan
@@ -65,7 +65,9 @@ def temporary_cast(
         for entry in entries
         for name in entry.names
     }
-    conversions = tuple(conversions_of(plan.entries, scan(model)))
+    model_scan = scan(model)
+    groups = storage_groups(model_scan.tensors)
+    conversions = conversions_of(plan.entries, model_scan, groups)
     dry_run(conversions)
     originals: Originals | None = None
     is_over = False
@@ -104,11 +106,11 @@ def _returns(
     """The way back: for what was cast on entry, then for whatever else is in the model by now."""
     handled: set[int] = set()
     made: list[Exchange] = []
-    for conversion, data in zip(conversions, originals, strict=True):
-        target = targets[conversion.owner]
+    for conversion, data in each_with_data(conversions, originals):
+        target = targets[conversion.owners[0]]
         handled.update(id(tensor) for tensor in conversion.tensors)
         make = partial(_merged_all, conversion.tensors, data, target)
-        made.append(_exchange(conversion.name, conversion.tensors, make))
+        made.append(_exchange(conversion.names[0], conversion.tensors, make))
     return [*made, *_latecomers(model, targets, handled)]
 
 
@@ -136,14 +138,20 @@ def _to_target(
 ) -> Iterator[Exchange]:
     target, stored = targets.get(name), tensors[0].dtype
     if target in CASTABLE and stored in CASTABLE and target != stored:
-        yield _exchange(name, tensors, partial(converted, tensors, target))
+        yield _exchange(name, tensors, partial(_converted, tensors, target))
 
 
 def _exchange(
     name: str, tensors: tuple[torch.Tensor, ...], make: Callable[[], tuple[torch.Tensor, ...]]
 ) -> Exchange:
     num_bytes = sum(tensor.nbytes for tensor in tensors)
-    return Exchange(name, tensors=tensors, make=make, num_bytes=num_bytes, can_finish=False)
+    return Exchange((name,), tensors=tensors, make=make, num_bytes=num_bytes, can_finish=False)
+
+
+def _converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """One tensor, or all that are views of one storage, in `dtype`."""
+    convert = converted if len(tensors) == 1 else converted_views
+    return convert(tensors, dtype)
 
 
 def _merged_all(
@@ -152,12 +160,12 @@ def _merged_all(
     """The originals with the edits in them, on their old storage where the dtype is their own."""
     if len(tensors) == 1:
         return (_written_back(originals[0], merged(originals[0], tensors[0].detach(), dtype)),)
-    before = converted(originals, tensors[0].dtype)
+    before = converted_views(originals, tensors[0].dtype)
     edited = [
         merged(original, tensor.detach(), dtype, unedited)
         for original, tensor, unedited in zip(originals, tensors, before, strict=True)
     ]
-    fresh = converted(originals, dtype)
+    fresh = converted_views(originals, dtype)
     for view, values in zip(fresh, edited, strict=True):
         write(view, values)
     return fresh

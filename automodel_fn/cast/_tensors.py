@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Mapping
 
 import attrs
 import torch
@@ -14,10 +14,11 @@ from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.fqn import WRAPPER_SEGMENTS, joined
 
 PARAMETER, BUFFER, NONPERSISTENT_BUFFER = "parameter", "buffer", "nonpersistent_buffer"
+_WRAPPING = WRAPPER_SEGMENTS | {"module", "base_model", "model"}
 _RANK = {PARAMETER: 0, BUFFER: 1, NONPERSISTENT_BUFFER: 2}
 
 
-@attrs.frozen
+@attrs.define  # frozen, making one takes twice as long, and a model has very many
 class NamedTensor:
     """One tensor object of a model.
 
@@ -30,9 +31,9 @@ class NamedTensor:
     """
 
     tensor: torch.Tensor = attrs.field(eq=False, repr=False)
-    names: tuple[str, ...] = attrs.field(kw_only=True)
-    raw_names: tuple[str, ...] = attrs.field(kw_only=True)
-    kind: str = attrs.field(kw_only=True)
+    names: tuple[str, ...]
+    raw_names: tuple[str, ...]
+    kind: str
 
 
 @attrs.frozen
@@ -49,14 +50,6 @@ class ModelScan:
     modules: tuple[tuple[str, str, nn.Module], ...] = attrs.field(kw_only=True)
 
 
-@attrs.define
-class _Found:
-    tensor: torch.Tensor
-    names: list[str]
-    raw_names: list[str]
-    kind: str
-
-
 def scan(model: nn.Module) -> ModelScan:
     """Walk a model: each parameter and buffer once, by identity, under all of its names.
 
@@ -70,34 +63,102 @@ def scan(model: nn.Module) -> ModelScan:
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"model={type(model).__name__} must be a torch.nn.Module.")
-    modules = tuple(_walk(model))
-    found: dict[int, _Found] = {}
+    modules = _walked(model)
+    found = _Found()
     for name, raw_name, module in modules:
-        for key, tensor in module._parameters.items():
-            if tensor is not None:
-                _add(found, tensor, joined(name, key), joined(raw_name, key), PARAMETER)
-        for key, tensor in module._buffers.items():
-            if tensor is not None:
-                is_fleeting = key in module._non_persistent_buffers_set
-                kind = NONPERSISTENT_BUFFER if is_fleeting else BUFFER
-                _add(found, tensor, joined(name, key), joined(raw_name, key), kind)
-    _refuse_lazy(found.values())
-    return ModelScan(_with_unique_names(list(found.values())), modules=modules)
+        if module._parameters:
+            found.add(module._parameters, name, raw_name, PARAMETER)
+        if module._buffers:
+            found.add(module._buffers, name, raw_name, BUFFER, module._non_persistent_buffers_set)
+    found.refuse_lazy()
+    return ModelScan(found.named_tensors(), modules=modules)
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    pending = [("", "", model, "")]
+class _Found:
+    """What a walk has found so far."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, NamedTensor] = {}
+        self._has_wrappers = False
+
+    def add(
+        self,
+        held: Mapping[str, torch.Tensor | None],
+        module: str,
+        raw_module: str,
+        kind: str,
+        fleeting: Container[str] = (),
+    ) -> None:
+        """Add what one module holds; buffers under the `fleeting` keys are not persistent."""
+        self._has_wrappers |= module is not raw_module
+        for key, tensor in held.items():
+            if tensor is None:
+                continue
+            names = raw_names = (f"{module}.{key}" if module else key,)
+            if module is not raw_module:
+                raw_names = (joined(raw_module, key),)
+            own_kind = NONPERSISTENT_BUFFER if key in fleeting else kind
+            known = self._by_id.get(id(tensor))
+            if known is not None:
+                names, raw_names = known.names + names, known.raw_names + raw_names
+                own_kind = min(known.kind, own_kind, key=_RANK.__getitem__)
+            self._by_id[id(tensor)] = NamedTensor(tensor, names, raw_names, own_kind)
+
+    def refuse_lazy(self) -> None:
+        one_of_each_type = {type(item.tensor): item.tensor for item in self._by_id.values()}
+        if not any(map(is_lazy, one_of_each_type.values())):
+            return
+        lazy = [item.raw_names[0] for item in self._by_id.values() if is_lazy(item.tensor)]
+        raise ConfigError(
+            itemized(
+                f"model has {len(lazy)} parameters that are not initialized yet:",
+                lazy,
+                "Run one forward first, so that their shapes are known.",
+            )
+        )
+
+    def named_tensors(self) -> tuple[NamedTensor, ...]:
+        """All of them; where two would share a name without wrappers, there by raw names."""
+        items = tuple(self._by_id.values())
+        if not self._has_wrappers:
+            return items
+        holders: dict[str, int] = {}
+        clashing: set[str] = set()
+        for index, item in enumerate(items):
+            clashing.update(n for n in item.names if holders.setdefault(n, index) != index)
+        return tuple(_with_unique_names(item, clashing) for item in items)
+
+
+def _with_unique_names(item: NamedTensor, clashing: Container[str]) -> NamedTensor:
+    names = dict.fromkeys(
+        raw if name in clashing else name
+        for name, raw in zip(item.names, item.raw_names, strict=True)
+    )
+    return attrs.evolve(item, names=tuple(names))
+
+
+def _walked(model: nn.Module) -> tuple[tuple[str, str, nn.Module], ...]:
+    """Every path to a module: the name without wrappers, the raw name (one object if equal)."""
+    walked: list[tuple[str, str, nn.Module]] = []
+    pending: list[tuple[str, str, nn.Module, str]] = [("", "", model, "")]
     while pending:
         name, raw_name, module, wrapper = pending.pop()
-        yield name, raw_name, module
+        walked.append((name, raw_name, module))
+        if not module._modules:
+            continue
+        is_outermost = module is model or bool(wrapper)
         for key, child in reversed(module._modules.items()):
             if child is None:
                 continue
-            is_outermost = module is model or bool(wrapper)
-            is_wrapped = _is_wrapped(module, key, child, wrapper if is_outermost else None)
-            child_name = name if is_wrapped else joined(name, key)
-            child_wrapper = key if is_outermost and is_wrapped else ""
-            pending.append((child_name, joined(raw_name, key), child, child_wrapper))
+            if key in _WRAPPING and _is_wrapped(
+                module, key, child, wrapper if is_outermost else None
+            ):
+                pending.append((name, joined(raw_name, key), child, key if is_outermost else ""))
+                continue
+            child_name = f"{name}.{key}" if name else key
+            child_raw = child_name if name is raw_name else joined(raw_name, key)
+            pending.append((child_name, child_raw, child, ""))
+    return tuple(walked)
 
 
 def _is_wrapped(module: nn.Module, key: str, child: nn.Module, wrapper: str | None) -> bool:
@@ -117,48 +178,4 @@ def _is_wrapped(module: nn.Module, key: str, child: nn.Module, wrapper: str | No
         key == "module"
         or (key == "base_model" and set(child._modules) == {"model"})
         or (key == "model" and wrapper == "base_model")
-    )
-
-
-def _add(found: dict[int, _Found], tensor: torch.Tensor, name: str, raw: str, kind: str) -> None:
-    known = found.get(id(tensor))
-    if known is None:
-        found[id(tensor)] = _Found(tensor, [name], [raw], kind)
-        return
-    known.names.append(name)
-    known.raw_names.append(raw)
-    known.kind = min(known.kind, kind, key=_RANK.__getitem__)
-
-
-def _refuse_lazy(found: Iterable[_Found]) -> None:
-    lazy = [item.raw_names[0] for item in found if is_lazy(item.tensor)]
-    if lazy:
-        raise ConfigError(
-            itemized(
-                f"model has {len(lazy)} parameters that are not initialized yet:",
-                lazy,
-                "Run one forward first, so that their shapes are known.",
-            )
-        )
-
-
-def _with_unique_names(found: list[_Found]) -> tuple[NamedTensor, ...]:
-    """Names without wrappers, except where two tensors would share one: there the raw names."""
-    holders: dict[str, int] = {}
-    clashing: set[str] = set()
-    for index, item in enumerate(found):
-        clashing.update(name for name in item.names if holders.setdefault(name, index) != index)
-    return tuple(
-        NamedTensor(
-            item.tensor,
-            names=tuple(
-                dict.fromkeys(
-                    raw if name in clashing else name
-                    for name, raw in zip(item.names, item.raw_names, strict=True)
-                )
-            ),
-            raw_names=tuple(item.raw_names),
-            kind=item.kind,
-        )
-        for item in found
     )

@@ -8,8 +8,8 @@ import attrs
 import torch
 
 from automodel_fn.cast._bits import merged, same_bits
-from automodel_fn.cast._conversions import Conversion, gradient_of
-from automodel_fn.cast._exchange import Exchange, Originals, converted, exchange
+from automodel_fn.cast._conversions import Conversion, each_with_data, gradient_of
+from automodel_fn.cast._exchange import Exchange, Originals, exchange
 from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.cast._tensors import scan
 from automodel_fn.errors import StalePlanError, itemized
@@ -26,10 +26,10 @@ class Undo:
     def run(self) -> None:
         if self.originals is None:
             raise StalePlanError("this cast was undone already; there is nothing left to undo.")
-        pairs = tuple(zip(self.conversions, self.originals, strict=True))
+        pairs = tuple(each_with_data(self.conversions, self.originals))
         present = {id(i.tensor) for model in self.model_ref.alive() for i in scan(model).tensors}
         changed = [
-            conversion.name
+            conversion.names[0]
             for conversion, originals in pairs
             if conversion.is_weight and not _is_unchanged(conversion, originals, present)
         ]
@@ -51,7 +51,7 @@ def _is_unchanged(
     conversion: Conversion, originals: tuple[torch.Tensor, ...], present: Container[int]
 ) -> bool:
     """Whether the model still holds these tensors, with the bits that the cast gave them."""
-    again = converted(originals, conversion.to_dtype)
+    again = conversion.made_of(originals)
     return all(
         id(tensor) in present and same_bits(tensor, cast)
         for tensor, cast in zip(conversion.tensors, again, strict=True)
@@ -64,7 +64,8 @@ def _new_gradients(
     """Gradients that came after the cast: they go back with their weights."""
     known = {id(tensor) for conversion in conversions for tensor in conversion.tensors}
     for conversion in conversions:
-        for tensor in conversion.tensors if conversion.is_weight else ():
+        pairs = zip(conversion.names, conversion.tensors, strict=True)
+        for name, tensor in pairs if conversion.is_weight else ():
             grad = gradient_of(tensor)
             if grad is None or grad.dtype != conversion.to_dtype:
                 continue
@@ -72,8 +73,8 @@ def _new_gradients(
                 continue
             known.add(id(grad))
             yield Conversion(
-                f"{conversion.name}.grad",
-                owner=conversion.owner,
+                (f"{name}.grad",),
+                owners=(name,),
                 tensors=(grad,),
                 from_dtype=conversion.to_dtype,
                 to_dtype=conversion.from_dtype,
@@ -89,7 +90,7 @@ def _reverse(conversion: Conversion, originals: tuple[torch.Tensor, ...]) -> Exc
         return (merged(original, tensor, conversion.from_dtype),)
 
     return Exchange(
-        conversion.name,
+        conversion.names,
         tensors=conversion.tensors,
         make=make,
         num_bytes=0,

@@ -10,7 +10,8 @@ from torch import nn
 
 from automodel_fn.cast._audit import audit
 from automodel_fn.cast._bits import same_bits
-from automodel_fn.cast._plan import KEEP, CastPlan
+from automodel_fn.cast._entries import KEEP
+from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._tensors import scan
 from automodel_fn.step._context import StepContext
 

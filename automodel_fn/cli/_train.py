@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from automodel_fn.backend._probe import probe
-from automodel_fn.cast._plan import KEEP, CastPlan
+from automodel_fn.cast._entries import KEEP
+from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._planners import cast_plan
 from automodel_fn.cast._tensors import scan
 from automodel_fn.cli import _checks as checks

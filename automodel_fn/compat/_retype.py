@@ -91,7 +91,7 @@ def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
     wanted |= {id(grad): (grad, new) for grad, new in grads if grad.dtype != torch.float32}
     plain = [
         Exchange(
-            "a restored tensor",
+            ("a restored tensor",),
             tensors=(tensor,),
             make=partial(_copied, new),
             num_bytes=new.numel() * torch.float32.itemsize,
@@ -135,22 +135,29 @@ def _conversions(changes: Sequence[_Change]) -> Iterator[Conversion]:
     for index, change in enumerate(changes):
         group = groups.get(index, [index])
         if index == group[0]:
-            tensors = tuple(items[member].tensor for member in group)
-            yield _conversion(change, "", tensors)
-        grad = change.tensor.grad
+            members = tuple(items[member] for member in group)
+            names = tuple(member.names[0] for member in members)
+            tensors = tuple(member.tensor for member in members)
+            yield _conversion(names, names, tensors, change.dtype)
+        grad, name = change.tensor.grad, change.item.names[0]
         if grad is not None and is_plain(grad) and grad.dtype != change.dtype:
-            yield _conversion(change, ".grad", (grad,))
+            yield _conversion((f"{name}.grad",), (name,), (grad,), change.dtype)
 
 
-def _conversion(change: _Change, suffix: str, tensors: tuple[torch.Tensor, ...]) -> Conversion:
-    name = change.item.names[0]
+def _conversion(
+    names: tuple[str, ...],
+    owners: tuple[str, ...],
+    tensors: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
+) -> Conversion:
     return Conversion(
-        name + suffix,
-        owner=name,
+        names,
+        owners=owners,
         tensors=tensors,
         from_dtype=tensors[0].dtype,
-        to_dtype=change.dtype,
-        is_weight=not suffix,
+        to_dtype=dtype,
+        is_weight=names == owners,
+        is_one_storage=len(tensors) > 1,
     )
 
 

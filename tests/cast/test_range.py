@@ -252,7 +252,7 @@ def test_a_count_that_never_works_is_a_partial_cast(make_holder, monkeypatch):
 
 
 def conversions(model):
-    return tuple(conversions_of(cast_plan(model, fp16).entries, scan(model)))
+    return conversions_of(cast_plan(model, fp16).entries, scan(model), groups=())
 
 
 def test_the_count_of_a_repeated_conversion_is_that_of_one(make_holder, at_operator):
@@ -263,9 +263,8 @@ def test_the_count_of_a_repeated_conversion_is_that_of_one(make_holder, at_opera
 
     for n in range(1, 100):
         model = holding(make_holder, *[torch.tensor(whole) for _ in range(3)])
-        count = _range.RangeCount({})
-        exchanges = count.exchanges(conversions(model))
-        for item in exchanges:
+        count = _range.RangeCount(conversions(model))
+        for item in count.exchanges():
             mode = at_operator(n, interrupt)
             try:
                 with mode:
