@@ -96,3 +96,22 @@ def test_a_gradient_that_was_retained_by_what_an_operation_made_is_cast_with_it(
     apply(cast_plan(model, bf16))
 
     assert model.doubled.grad.dtype == bf16
+
+
+def test_undo_leaves_a_tensor_of_the_model_that_became_a_gradient(make_holder):
+    model = make_holder(weight=nn.Parameter(torch.ones(3)), table=torch.ones(3, dtype=bf16))
+    report = apply(cast_plan(model, bf16), keep_originals=True)
+    model.weight.grad = model.table
+
+    report.undo()
+
+    assert (model.weight.dtype, model.table.dtype) == (fp32, bf16)
+
+
+def test_a_temporary_cast_leaves_a_tensor_of_the_model_that_became_a_gradient(make_holder):
+    model = make_holder(weight=nn.Parameter(torch.ones(3, dtype=bf16)), table=torch.ones(3))
+
+    with temporary_cast(model, fp32):
+        model.weight.grad = model.table
+
+    assert (model.weight.dtype, model.table.dtype) == (bf16, fp32)

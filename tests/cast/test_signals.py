@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import automodel_fn
-from automodel_fn import bf16, temporary_cast
+from automodel_fn import apply, bf16, cast_plan, temporary_cast
 from automodel_fn.cast import _temporary
 from automodel_fn.cast._tensors import scan
 
@@ -55,6 +55,32 @@ def test_ctrl_c_during_a_long_apply_leaves_a_whole_model(mode):
 
     assert (process.returncode, err) == (0, "")
     assert out in ("torch.float32\n", "torch.bfloat16\n")
+
+
+def keeping(model):
+    plan = cast_plan(model, bf16)
+    return lambda: apply(plan, model, keep_originals=True)
+
+
+def entering(model):
+    return temporary_cast(model, bf16).__enter__
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("prepare", [keeping, entering])
+def test_ctrl_c_is_dealt_with_at_the_next_tensor_and_not_at_the_end(at_operator, prepare):
+    model = torch.nn.ParameterList(torch.full((4,), 1.001) for _ in range(50))
+    effect, third_after_the_dry_run = prepare(model), 4
+    mode = at_operator(third_after_the_dry_run, press_ctrl_c, names={"aten::_to_copy"})
+
+    with mode, pytest.raises(KeyboardInterrupt):
+        effect()
+
+    assert mode.seen == third_after_the_dry_run
+    assert {p.dtype for p in model} == {torch.float32}
 
 
 def test_ctrl_c_before_the_first_tensor_comes_back_still_ends_a_temporary_cast(monkeypatch):
