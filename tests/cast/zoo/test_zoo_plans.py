@@ -1,10 +1,15 @@
 """The fp32 pins of every class of transformers that declares some, against transformers' own."""
 
 import pytest
+import zoo_table
 from transformers.core_model_loading import build_glob_alternation
 from zoo_cases import (
+    ARCHITECTURES,
     CASES,
     CONSTRUCTED,
+    RETYPED,
+    VERSION,
+    architecture_of,
     build,
     is_version_of_the_table,
     module_of,
@@ -15,15 +20,16 @@ from zoo_declaring import DECLARING, declaring_classes, family_of
 from automodel_fn import bf16, cast_plan, fp16, fp32
 
 EACH = pytest.mark.parametrize("case", CASES)
+EACH_ARCHITECTURE = pytest.mark.parametrize("case", ARCHITECTURES)
 
 
 def kept(plan):
     return {name for entry in plan.entries if entry.action == "keep" for name in entry.names}
 
 
-def names(model):
-    parameters = model.named_parameters(remove_duplicate=False)
-    return [name for name, _ in (*parameters, *model.named_buffers(remove_duplicate=False))]
+def named_tensors(model):
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def kept_by_transformers(model, dtype):
@@ -52,14 +58,11 @@ def test_every_class_that_declares_pins_is_in_the_table():
 @EACH
 def test_the_small_model_has_a_tensor_for_every_keyword_of_the_class(case):
     declaring = getattr(module_of(case), case.partition(".")[2])
-    keywords = {
-        keyword for attribute in DECLARING for keyword in getattr(declaring, attribute) or ()
-    }
+    keywords = {k for attribute in DECLARING for k in getattr(declaring, attribute) or ()}
+    names = [name for name, _ in named_tensors(on_meta(case))]
 
     assert keywords
-    assert [
-        k for k in sorted(keywords) if not any(k in name for name in names(on_meta(case)))
-    ] == []
+    assert {keyword for keyword in keywords if not any(keyword in n for n in names)} == set()
 
 
 @EACH
@@ -81,3 +84,26 @@ def test_only_these_are_float32_by_their_construction_alone(case):
     stored = {name for name, tensor in model.state_dict().items() if tensor.dtype == fp32}
 
     assert stored - kept_by_transformers(model, bf16) == CONSTRUCTED.get(case, set())
+
+
+@EACH_ARCHITECTURE
+def test_from_pretrained_gives_every_tensor_the_dtype_of_the_plan(case, tmp_path):
+    model = build(case, device="cpu")
+    entries = cast_plan(model, bf16, match="hf").entries
+
+    model.save_pretrained(tmp_path)
+    loaded = architecture_of(case).from_pretrained(tmp_path, dtype=bf16)
+
+    found = {name: tensor.dtype for name, tensor in named_tensors(loaded)}
+    planned = {name: entry.to_dtype for entry in entries for name in entry.names}
+    assert found.keys() == planned.keys()
+    different = {name for name, dtype in found.items() if dtype != planned[name]}
+    assert different == CONSTRUCTED.get(case, set()) | RETYPED.get(case, set())
+    assert all(found[name] == fp32 for name in different)
+
+
+@pytest.mark.skipif(
+    not is_version_of_the_table(), reason=f"the table in the docs is about transformers {VERSION}"
+)
+def test_the_table_in_the_docs_is_what_the_plans_say():
+    assert zoo_table.committed() == zoo_table.table(), f"write it anew: {zoo_table.COMMAND}"

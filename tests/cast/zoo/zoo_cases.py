@@ -97,11 +97,21 @@ CASES = {
     for declaring, concrete in classes.items()
 }
 
+ARCHITECTURES = tuple({concrete: case for case, concrete in reversed(CASES.items())}.values())[::-1]
+"""The cases without those that build the same class again."""
+
 CONSTRUCTED = {"esmfold2.EsmFold2PreTrainedModel": {"parcae.log_delta"}}
 """Tensors that a class constructs in float32 whatever the default dtype is, and no keyword names.
 
 transformers loads these in float32; a plan for a model that is built in float32 cannot see it.
 """
+
+RETYPED = {
+    "granite_speech5.GraniteSpeech5PreTrainedModel": {
+        f"encoder.layers.{index}.conv.norm.num_batches_tracked" for index in range(2)
+    }
+}
+"""Integers that transformers loads in float32, because a keyword matches them."""
 
 
 def is_version_of_the_table():
