@@ -47,8 +47,32 @@ def _instructed(model, frames=1):
 
 
 def _apertus(model):
-    ids = with_placeholders(model.config.image_token_id, 16)
-    return ids | {"pixel_values": floats(2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]] * 2)}
+    config = model.config
+    images = torch.full((2, 16), config.image_token_id)
+    audio = torch.full((2, 4), config.audio_token_id)
+    ids = torch.cat([images, audio, IDS], dim=1)
+    ids = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids % 2}
+    sizes = {"image_sizes": torch.tensor([[8, 8]] * 2)}
+    return (
+        ids
+        | sizes
+        | {
+            "pixel_values": floats(2, 3, 8, 8),
+            "input_values": floats(2, 1, 16),
+            "padding_mask": torch.ones(2, 16, dtype=torch.long),
+        }
+    )
+
+
+def _voxtral(model):
+    ids = with_placeholders(model.config.audio_token_id, 8)
+    return ids | {"input_features": floats(2, 4, 16)}
+
+
+def _nemotron(model):
+    ids = with_placeholders(model.config.audio_token_id, 2)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    return ids | {"input_features": floats(2, 16, 4), "input_features_mask": mask}
 
 
 def _latents(model):
@@ -83,6 +107,13 @@ def _protein(model):
     return ids | bonds | {"input_ids": ones + 4}
 
 
+def more_of(model):
+    """What a part returns that a model's own forward does not call."""
+    if type(model).__name__ == "KyutaiSpeechToTextForConditionalGeneration":
+        return [model.codec_model(floats(2, 1, 16)).audio_values]
+    return []
+
+
 OWN = {
     "Apertus1p5ForConditionalGeneration": _apertus,
     "Blip2Model": _queried,
@@ -103,8 +134,10 @@ OWN = {
     "KyutaiSpeechToTextForConditionalGeneration": lambda model: {
         "input_ids": torch.ones(2, 6, 1 + model.config.num_codebooks, dtype=torch.long)
     },
+    "Nemotron3_5TranscribeModel": _nemotron,
     "PocketTTSForConditionalGeneration": _latents,
     "SLANeXtForTableRecognition": _image,
     "UdopForConditionalGeneration": lambda _: {"bbox": torch.zeros(2, 6, 4)},
+    "VoxtralForConditionalGeneration": _voxtral,
 }
 """Architectures that take more than text; None leaves out what would be given otherwise."""

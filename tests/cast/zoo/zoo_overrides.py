@@ -203,6 +203,7 @@ OVERRIDES = {
         "mamba_head_dim": 8,
         "n_groups": 1,
     },
+    "voxtral": {"audio_token_id": 4},
     "slanext": {
         "post_conv_in_channels": 16,
         "post_conv_out_channels": 16,
