@@ -8,7 +8,7 @@ from torch import nn
 
 from automodel_fn.cast._fp32_boundary import Fp32Boundary
 from automodel_fn.cast._plan import CastPlan
-from automodel_fn.cast._promotion import boundary_owners
+from automodel_fn.cast._promotion import boundary_owners, pin_owners
 from automodel_fn.cast._tensors import scan
 from automodel_fn.errors import PatchError, itemized
 
@@ -94,7 +94,7 @@ def fp32_boundaries(model: nn.Module, plan: CastPlan) -> BoundaryHandle:
         ...     handle.names, model(torch.ones(1, 2, dtype=bf16)).dtype
         (('1',), torch.bfloat16)
     """
-    found = boundary_owners(scan(model), plan.entries, plan.dtype)
+    found = boundary_owners(pin_owners(scan(model), plan.entries), plan.dtype)
     owners = [owner for owner in found if owner.helps]
     boundaries = tuple(Fp32Boundary(owner, vars(owner.module).get("forward")) for owner in owners)
     for boundary in boundaries:

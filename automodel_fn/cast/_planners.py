@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from automodel_fn.cast._autocast import autocast_note
 from automodel_fn.cast._frozen import frozen_rule
 from automodel_fn.cast._pins import Pins, declared_pins
 from automodel_fn.cast._plan import CastPlan, WeakObjects
-from automodel_fn.cast._promotion import boundary_owners
+from automodel_fn.cast._promotion import boundary_owners, pin_owners
 from automodel_fn.cast._rules import Decision, cast_to, decide, kept, skipped, uncastable
 from automodel_fn.cast._selection import selected
 from automodel_fn.cast._tensors import BUFFER, NONPERSISTENT_BUFFER, ModelScan, NamedTensor, scan
@@ -182,13 +183,14 @@ def _plan(
     optimizers: Iterable[Optimizer] = (),
 ) -> CastPlan:
     entries, shared = decide(model_scan.tensors, rule)
-    needed = boundary_owners(model_scan, entries, dtype)
-    boundaries = tuple(owner.note() for owner in needed)
+    owners = pin_owners(model_scan, entries)
+    boundaries = tuple(owner.note() for owner in boundary_owners(owners, dtype))
+    lowered = autocast_note(owners, dtype)
     gone = [e.name for e in entries if e.action == "keep" and e.changes]
     return CastPlan(
         entries,
         dtype=dtype,
-        notes=(*pins.notes, *shared, *_gone_note(gone), *boundaries),
+        notes=(*pins.notes, *shared, *_gone_note(gone), *boundaries, *lowered),
         model_ref=WeakObjects(model),
         optimizer_refs=WeakObjects(*optimizers),
     )

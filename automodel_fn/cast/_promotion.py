@@ -45,24 +45,24 @@ class PinOwner:
         module: The module.
         keys: The pins in it and beneath, by the module's own names for them.
         owns_pins: Whether it holds a pin itself.
+        alike: Equal for those that need one trial.
     """
 
     name: str
     module: nn.Module = attrs.field(kw_only=True, eq=False, repr=False)
     keys: frozenset[str] = attrs.field(kw_only=True)
     owns_pins: bool = attrs.field(kw_only=True)
+    alike: Any = attrs.field(kw_only=True, eq=False, repr=False)
 
 
-def pin_owners(
-    model_scan: ModelScan, entries: Sequence[TensorCast], *, around: bool = False
-) -> tuple[PinOwner, ...]:
-    """The modules that hold fp32 pins, each once, and with `around` those that hold these."""
+def pin_owners(model_scan: ModelScan, entries: Sequence[TensorCast]) -> tuple[PinOwner, ...]:
+    """The modules that hold fp32 pins, and those right around them, each once."""
     kept = {name for entry in entries if entry.action == KEEP for name in entry.names}
     if not kept:
         return ()
     pinned = {id(item.tensor) for item in model_scan.tensors if not kept.isdisjoint(item.names)}
     owning = {owner_of(name) for name in kept}
-    outside = {owner_of(name) for name in owning if name} - owning if around else set[str]()
+    outside = {owner_of(name) for name in owning if name}
     found: dict[int, PinOwner] = {}
     for name, _, module in model_scan.modules:
         owns_pins = name in owning
@@ -71,17 +71,19 @@ def pin_owners(
             continue
         keys = frozenset(key for key, tensor in tensors_of(module) if id(tensor) in pinned)
         if keys:
-            found[id(module)] = PinOwner(name, module=module, keys=keys, owns_pins=owns_pins)
+            alike = (signature(module, keys), owns_pins)
+            found[id(module)] = PinOwner(
+                name, module=module, keys=keys, owns_pins=owns_pins, alike=alike
+            )
     return tuple(found.values())
 
 
 def boundary_owners(
-    model_scan: ModelScan, entries: Sequence[TensorCast], dtype: torch.dtype | None
+    owners: Sequence[PinOwner], dtype: torch.dtype | None
 ) -> tuple[BoundaryOwner, ...]:
     """The modules with fp32 pins that do not deal with activations of `dtype` by themselves."""
     if dtype is None or dtype == torch.float32:
         return ()
-    owners = pin_owners(model_scan, entries, around=True)
     verdicts: dict[Any, BoundaryOwner | None] = {}
     found: dict[int, BoundaryOwner] = {}
     # What is inside comes first: a trial of a module has the boundaries that are in it.
@@ -93,7 +95,7 @@ def boundary_owners(
         }
         if not (owner.owns_pins or inside):
             continue
-        alike = (signature(owner.module, owner.keys), owner.owns_pins, tuple(inside))
+        alike = (owner.alike, tuple(inside))
         if alike not in verdicts:
             verdicts[alike] = _verdict(owner, inside, dtype)
         verdict = verdicts[alike]
