@@ -351,3 +351,16 @@ def test_a_boundary_of_what_comes_out_alone_leaves_autocast_on():
     with fp32_boundaries(model, plan), torch.autocast("cpu", dtype=bf16):
         assert model(torch.randn(2, 4)).dtype == fp32
         assert model[0].wi(torch.randn(2, 4)).dtype == bf16
+
+
+@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_boundary_is_compiled_into_one_graph(autocast):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    plan = cast_plan(model, bf16, keep_fp32=["1", "2"])
+    apply(plan)
+    x = activation(2, 4)
+
+    with fp32_boundaries(model, plan), torch.autocast("cpu", dtype=bf16, enabled=autocast):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
