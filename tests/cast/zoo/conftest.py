@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # With --import-mode=importlib a test folder is not on the path; the zoo's own files lie in it.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,6 +17,15 @@ def _quiet():
     logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The models are so small that threads cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from zoo_cases import (
     is_version_of_the_table,
     module_of,
     on_meta,
+    plan_of,
 )
 from zoo_declaring import DECLARING, declaring_classes, family_of
 
@@ -75,7 +76,7 @@ def test_the_small_model_is_small(case):
 def test_the_plan_keeps_what_transformers_keeps(case, dtype):
     model = on_meta(case)
 
-    assert kept(cast_plan(model, dtype, match="hf")) == kept_by_transformers(model, dtype)
+    assert kept(plan_of(case, dtype, "hf")) == kept_by_transformers(model, dtype)
 
 
 @EACH

@@ -9,6 +9,8 @@ import transformers
 from zoo_overrides import OVERRIDES
 from zoo_shrink import small_config
 
+from automodel_fn import cast_plan
+
 VERSION = "5.24.0"
 """The version of transformers that this table is about."""
 
@@ -147,6 +149,11 @@ def build(case, device="meta", dtype=torch.float32):
 def on_meta(case):
     """One model for all that only reads it."""
     return build(case)
+
+
+@functools.cache
+def plan_of(case, dtype, match):
+    return cast_plan(on_meta(case), dtype, match=match)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from zoo_cases import CASES, CONSTRUCTED, VERSION, on_meta
+from zoo_cases import CASES, CONSTRUCTED, VERSION, plan_of
 
-from automodel_fn import bf16, cast_plan
+from automodel_fn import bf16
 
 PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "pins-of-transformers.md"
 BEGIN, END = "<!-- begin of the generated table -->\n", "<!-- end of the generated table -->\n"
@@ -46,7 +46,7 @@ def _patterns(family):
 
 
 def _pinned(case, match):
-    entries = cast_plan(on_meta(case), bf16, match=match).entries
+    entries = plan_of(case, bf16, match).entries
     kept = (e for e in entries if e.action == "keep" and e.kind != "nonpersistent_buffer")
     return {name for entry in kept for name in entry.names}
 
