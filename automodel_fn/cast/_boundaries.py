@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from automodel_fn.cast._fp32_boundary import Fp32Boundary
+from automodel_fn.cast._groups import in_fp32_units
 from automodel_fn.cast._plan import CastPlan
-from automodel_fn.cast._promotion import BoundaryOwner, boundary_owners
+from automodel_fn.cast._promotion import boundary_owners, pin_owners
 from automodel_fn.cast._tensors import scan
 from automodel_fn.errors import PatchError, itemized
-
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-class Fp32Boundary:
-    """A module's forward with float32 inside, whatever comes in.
-
-    A plain object and not a closure, so that a copied or pickled model takes its own along.
-    """
-
-    def __init__(self, owner: BoundaryOwner, inner: Callable[..., Any] | None) -> None:
-        self.module = owner.module
-        self.compute_dtype = owner.compute_dtype
-        self.inner = inner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward."""
-        incoming = _float_dtype((args, kwargs))
-        forward = self.inner or type(self.module).forward.__get__(self.module)
-        output = forward(*_to((*args,), torch.float32), **_to(kwargs, torch.float32))
-        if incoming is None and isinstance(self.module, nn.Embedding | nn.EmbeddingBag):
-            incoming = self.compute_dtype
-        return output if incoming not in _NARROW else _back(output, incoming)
-
-
-def _float_dtype(values: Any) -> torch.dtype | None:
-    dtypes = (v.dtype for v in tree_leaves(values) if isinstance(v, torch.Tensor))
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
-
-
-def _to(values: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.dtype in _NARROW else t, values)
-
-
-def _back(values: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(
-        torch.Tensor, lambda t: t.to(dtype) if t.dtype == torch.float32 else t, values
-    )
 
 
 class BoundaryHandle:
@@ -115,7 +75,8 @@ def fp32_boundaries(model: nn.Module, plan: CastPlan) -> BoundaryHandle:
 
     A kept tensor can break the next forward: a bf16 activation meets a float32 Linear, or a norm
     with a float32 weight returns float32 to a bf16 Linear. Only modules that do not deal with it
-    themselves get a boundary; the plan's notes name them.
+    themselves get a boundary; the plan's notes name them. Inside of one autocast is off, so that
+    the pin is computed in float32 there too.
 
     Args:
         model: The model, before or after the plan is applied.
@@ -134,7 +95,10 @@ def fp32_boundaries(model: nn.Module, plan: CastPlan) -> BoundaryHandle:
         ...     handle.names, model(torch.ones(1, 2, dtype=bf16)).dtype
         (('1',), torch.bfloat16)
     """
-    owners = boundary_owners(scan(model), plan.entries, plan.dtype)
+    model_scan = scan(model)
+    settled = in_fp32_units(model_scan, plan.dtype)
+    found = boundary_owners(pin_owners(model_scan, plan.entries), plan.dtype, settled)
+    owners = [owner for owner in found if owner.helps]
     boundaries = tuple(Fp32Boundary(owner, vars(owner.module).get("forward")) for owner in owners)
     for boundary in boundaries:
         boundary.module.forward = boundary

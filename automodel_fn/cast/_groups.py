@@ -80,7 +80,7 @@ def _compute(group: FSDPGroup) -> str:
     return "the stored dtype" if dtype is None else dtype_name(dtype)
 
 
-def in_fp32_units(model_scan: ModelScan, dtype: torch.dtype) -> frozenset[nn.Module]:
+def in_fp32_units(model_scan: ModelScan, dtype: torch.dtype | None) -> frozenset[nn.Module]:
     """The modules in units that FSDP2 gives float32 and whose output it brings to `dtype`."""
     return frozenset(
         inner

@@ -8,11 +8,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from automodel_fn.cast._autocast import autocast_note
 from automodel_fn.cast._frozen import frozen_rule
-from automodel_fn.cast._groups import compute_notes, left_to_fsdp, refuse_mixed_groups
+from automodel_fn.cast._groups import (
+    compute_notes,
+    in_fp32_units,
+    left_to_fsdp,
+    refuse_mixed_groups,
+)
 from automodel_fn.cast._pins import Pins, declared_pins
 from automodel_fn.cast._plan import CastPlan, WeakObjects
-from automodel_fn.cast._promotion import boundary_owners
+from automodel_fn.cast._promotion import boundary_owners, pin_owners
 from automodel_fn.cast._rules import Decision, cast_to, decide, kept, skipped, uncastable
 from automodel_fn.cast._selection import selected
 from automodel_fn.cast._tensors import BUFFER, NONPERSISTENT_BUFFER, ModelScan, NamedTensor, scan
@@ -189,9 +195,10 @@ def _plan(
 ) -> CastPlan:
     entries, shared = decide(model_scan.tensors, rule)
     refuse_mixed_groups(model_scan, entries)
-    needed = boundary_owners(model_scan, entries, dtype)
+    owners = pin_owners(model_scan, entries)
+    needed = boundary_owners(owners, dtype, in_fp32_units(model_scan, dtype))
     boundaries = tuple(owner.note() for owner in needed)
-    computed = compute_notes(model_scan, entries)
+    computed = (*autocast_note(owners, dtype), *compute_notes(model_scan, entries))
     gone = [e.name for e in entries if e.action == "keep" and e.changes]
     return CastPlan(
         entries,

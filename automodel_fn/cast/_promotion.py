@@ -1,184 +1,153 @@
-"""Which fp32 pins need a boundary: their owner does not deal with mixed dtypes by itself.
+"""Which modules need a boundary: fp32 pins in them, and they do not deal with it by themselves.
 
-Decided by trying, not by a list of classes. The owner of a pin is copied to the meta device (no
-data, no hooks) twice: once as if nothing were pinned, once with its pins. If the first runs on an
-activation of the target dtype and the second fails or returns another dtype, the pin would break
-or promote what comes after it. Where neither runs (a forward that takes more than an activation),
-nothing can be said, and nothing is.
+Decided by trying, not by a list of classes. A module that holds pins is copied to the meta device
+(no data, no hooks) twice: once as if nothing were pinned, once with its pins. If the first runs on
+an activation of the target dtype and the second fails or returns another dtype, the pin would
+break or promote what comes after it. The module around it is tried as well, with the boundary in
+place: it may cast to the pin's own dtype and hand float32 on. Where neither runs (a forward that
+takes more than an activation), nothing can be said, and nothing is.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_fn.cast._entries import KEEP, TensorCast
-from automodel_fn.cast._fsdp import class_of, copied_without_fsdp
-from automodel_fn.cast._groups import in_fp32_units
+from automodel_fn.cast._fp32_boundary import BoundaryOwner, Fp32Boundary
 from automodel_fn.cast._tensors import ModelScan
+from automodel_fn.cast._trials import (
+    activations,
+    is_small,
+    output_dtypes,
+    signature,
+    takes_an_activation,
+    tensors_of,
+    twin,
+)
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.fqn import owner_of
 
-_MAX_WIDTHS = 8
-_SAME_DTYPE_OPS = frozenset(
-    {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
-        "aten::mv",
-        "aten::dot",
-        "aten::convolution",
-        "aten::native_layer_norm",
-        "aten::native_group_norm",
-    }
-)
-"""Operators that want one floating dtype on a GPU; on the meta device they do not check."""
+_MOST_MODULES = 64
+_MOST_MODULES_AROUND = 16
 
 
 @attrs.frozen
-class BoundaryOwner:
-    """A module whose fp32 pins need a boundary.
+class PinOwner:
+    """A module that holds fp32 pins, or that is around one that does.
 
     Args:
         name: Its FQN.
         module: The module.
-        compute_dtype: The dtype that comes in and has to go out.
-        found: What it does without a boundary, in words.
+        keys: The pins in it and beneath, by the module's own names for them.
+        owns_pins: Whether it holds a pin itself.
+        alike: Equal for those that need one trial.
     """
 
     name: str
     module: nn.Module = attrs.field(kw_only=True, eq=False, repr=False)
-    compute_dtype: torch.dtype = attrs.field(kw_only=True)
-    found: str = attrs.field(kw_only=True)
+    keys: frozenset[str] = attrs.field(kw_only=True)
+    owns_pins: bool = attrs.field(kw_only=True)
+    alike: Any = attrs.field(kw_only=True, eq=False, repr=False)
 
-    def note(self) -> str:
-        """The owner in words."""
-        return (
-            f"the fp32 pins of {self.name!r} ({class_of(self.module).__name__}) need "
-            f"fp32_boundaries(model, plan): given {dtype_name(self.compute_dtype)} it {self.found}"
-        )
+
+def pin_owners(model_scan: ModelScan, entries: Sequence[TensorCast]) -> tuple[PinOwner, ...]:
+    """The modules that hold fp32 pins, and those right around them, each once."""
+    kept = {name for entry in entries if entry.action == KEEP for name in entry.names}
+    if not kept:
+        return ()
+    pinned = {id(item.tensor) for item in model_scan.tensors if not kept.isdisjoint(item.names)}
+    owning = {owner_of(name) for name in kept}
+    outside = {owner_of(name) for name in owning if name}
+    found: dict[int, PinOwner] = {}
+    for name, _, module in model_scan.modules:
+        owns_pins = name in owning
+        most = _MOST_MODULES if owns_pins else _MOST_MODULES_AROUND
+        if id(module) in found or not (owns_pins or name in outside) or not is_small(module, most):
+            continue
+        keys = frozenset(key for key, tensor in tensors_of(module) if id(tensor) in pinned)
+        if keys:
+            alike = (signature(module, keys), owns_pins)
+            found[id(module)] = PinOwner(
+                name, module=module, keys=keys, owns_pins=owns_pins, alike=alike
+            )
+    return tuple(found.values())
 
 
 def boundary_owners(
-    model_scan: ModelScan, entries: Sequence[TensorCast], dtype: torch.dtype | None
+    owners: Sequence[PinOwner], dtype: torch.dtype | None, settled: Collection[nn.Module] = ()
 ) -> tuple[BoundaryOwner, ...]:
-    """The owners of fp32 pins that do not deal with activations of `dtype` by themselves."""
+    """The modules with fp32 pins that do not deal with activations of `dtype` by themselves.
+
+    Args:
+        owners: The modules that hold pins.
+        dtype: The dtype of the activations.
+        settled: Modules for which someone else does.
+    """
     if dtype is None or dtype == torch.float32:
         return ()
-    pinned: defaultdict[str, set[str]] = defaultdict(set)
-    for entry in entries:
-        if entry.action == KEEP:
-            for name in entry.names:
-                pinned[owner_of(name)].add(name)
-    inside = in_fp32_units(model_scan, dtype)
-    verdicts: dict[Any, str | None] = {}
-    owners: dict[int, BoundaryOwner] = {}
-    for name, _, module in model_scan.modules:
-        if name not in pinned or id(module) in owners or module in inside:
+    verdicts: dict[Any, BoundaryOwner | None] = {}
+    found: dict[int, BoundaryOwner] = {}
+    # What is inside comes first: a trial of a module has the boundaries that are in it.
+    for owner in sorted(owners, key=lambda owner: -owner.name.count(".") - bool(owner.name)):
+        if owner.module in settled:
             continue
-        keys = frozenset(pin.rpartition(".")[2] for pin in pinned[name])
-        signature = _signature(module, keys)
-        if signature not in verdicts:
-            verdicts[signature] = _verdict(module, keys, dtype)
-        found = verdicts[signature]
-        if found is not None:
-            owner = BoundaryOwner(name, module=module, compute_dtype=dtype, found=found)
-            owners[id(module)] = owner
-    return tuple(owners.values())
+        inside = {
+            key: found[id(child)]
+            for key, child in owner.module.named_modules()
+            if id(child) in found and key
+        }
+        if not (owner.owns_pins or inside):
+            continue
+        alike = (owner.alike, tuple(inside))
+        if alike not in verdicts:
+            verdicts[alike] = _verdict(owner, inside, dtype)
+        verdict = verdicts[alike]
+        if verdict is not None:
+            found[id(owner.module)] = attrs.evolve(verdict, name=owner.name, module=owner.module)
+    return tuple(found[id(owner.module)] for owner in owners if id(owner.module) in found)
 
 
-def _signature(module: nn.Module, keys: frozenset[str]) -> Any:
-    """Modules that agree in this need one trial: class, settings, shapes, pins."""
-    plain = (str, int, float, bool, type(None))
-    settings = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, plain))
-    tensors = tuple((k, tuple(t.shape), t.dtype) for k, t in module.named_parameters())
-    buffers = tuple((k, tuple(t.shape), t.dtype) for k, t in module.named_buffers())
-    return type(module), settings, tensors, buffers, keys
-
-
-def _verdict(module: nn.Module, keys: frozenset[str], dtype: torch.dtype) -> str | None:
-    if sum(1 for _ in module.modules()) > 64:
+def _verdict(
+    owner: PinOwner, inside: Mapping[str, BoundaryOwner], dtype: torch.dtype
+) -> BoundaryOwner | None:
+    if not takes_an_activation(owner.module):
         return None
-    for activation in _activations(module, dtype):
-        wanted = _output_dtypes(module, frozenset(), dtype, activation)
+    unpinned = _trial(owner, frozenset(), {}, dtype)
+    for activation in activations(owner.module, dtype):
+        wanted = output_dtypes(unpinned, activation)
         if not wanted:
             continue
-        got = _output_dtypes(module, keys, dtype, activation)
-        if got == wanted:
+        got = output_dtypes(_trial(owner, owner.keys, inside, dtype), activation)
+        if got == wanted or not (owner.owns_pins or (got and set(wanted) == {dtype})):
             return None
-        if not got:
-            return "fails"
-        return f"returns {', '.join(dtype_name(d) for d in got)}"
+        found = f"returns {', '.join(dtype_name(d) for d in got)}" if got else "fails"
+        wide = activation.float() if activation.is_floating_point() else activation
+        return BoundaryOwner(
+            owner.name,
+            module=owner.module,
+            compute_dtype=dtype,
+            found=found,
+            owns_pins=owner.owns_pins,
+            helps=bool(got or output_dtypes(_trial(owner, owner.keys, inside, dtype), wide)),
+        )
     return None
 
 
-def _activations(module: nn.Module, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Activations that the module might take: as wide as one of its tensors, and token numbers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    widths = dict.fromkeys(size for t in tensors for size in reversed(t.shape))
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        yield torch.empty(1, 2, dtype=torch.long, device="meta")
-    for width in list(widths)[:_MAX_WIDTHS]:
-        yield torch.empty(1, 2, width, dtype=dtype, device="meta")
-        for dims in (3, 4, 5):
-            yield torch.empty(1, width, *(8,) * (dims - 2), dtype=dtype, device="meta")
-
-
-def _output_dtypes(
-    module: nn.Module, keys: frozenset[str], dtype: torch.dtype, activation: torch.Tensor
-) -> tuple[torch.dtype, ...]:
-    """The floating dtypes that the module returns, or () if it does not run."""
-    try:
-        trial = _on_meta(module, keys, dtype)
-        with torch.no_grad(), _RefuseMixedDtypes(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            output = type(trial).forward(trial, activation)
-    except Exception:  # noqa: BLE001 - user code on a guessed input: any failure means "cannot say"
-        return ()
-    return tuple(t.dtype for t in _tensors_in(output) if t.is_floating_point())
-
-
-class _RefuseMixedDtypes(TorchDispatchMode):
-    """Fail where a real device would: a matrix product of two dtypes."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.name in _SAME_DTYPE_OPS:
-            floats = [t for t in _tensors_in((args, kwargs)) if t.is_floating_point()]
-            if len({t.dtype for t in floats}) > 1:
-                raise TypeError(f"{func._schema.name} of several dtypes")
-        return func(*args, **kwargs)
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors_in(item)
-
-
-def _on_meta(module: nn.Module, keys: frozenset[str], dtype: torch.dtype) -> nn.Module:
-    """A copy whose tensors are on meta: `keys` in float32, other castable ones in `dtype`."""
-    memo: dict[int, Any] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        stored = tensor.dtype
-        if name in keys:
-            stored = torch.float32
-        elif stored in (torch.float32, torch.float16, torch.bfloat16):
-            stored = dtype
-        twin = torch.empty(tensor.shape, dtype=stored, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-    return copied_without_fsdp(module, memo)
+def _trial(
+    owner: PinOwner,
+    keys: frozenset[str],
+    inside: Mapping[str, BoundaryOwner],
+    dtype: torch.dtype,
+) -> nn.Module | None:
+    trial = twin(owner.module, keys, dtype)
+    if trial is not None:
+        for key, boundary in inside.items():
+            child = trial.get_submodule(key)
+            if boundary.helps:
+                child.forward = Fp32Boundary(attrs.evolve(boundary, module=child), None)
+    return trial

@@ -105,7 +105,7 @@ def router_of_transformers():
 def test_what_casts_by_itself_gets_none(make):
     model, plan = pinned(make())
 
-    assert plan.notes == ()
+    assert not any("fp32_boundaries(model, plan): given" in note for note in plan.notes)
     assert fp32_boundaries(model, plan).names == ()
 
 
@@ -259,3 +259,108 @@ def test_a_wrapped_owner_gets_one_boundary():
     model, plan = pinned(torch.compile(nn.Linear(4, 4), backend="eager"))
 
     assert fp32_boundaries(model, plan).names == ("0",)
+
+
+# As the dense layers of T5: the activation is cast to the dtype of the weight that comes next.
+class CastsToItsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.wo(self.wi(x).to(self.wo.weight.dtype))
+
+
+def test_a_module_that_hands_on_the_float32_of_a_pin_in_it_gets_a_boundary_for_what_comes_out():
+    model = nn.Sequential(CastsToItsWeight(), nn.Linear(4, 2))
+    plan = cast_plan(model, bf16, keep_fp32="0.wo")
+    apply(plan)
+    x, seen = activation(2, 4).requires_grad_(), []
+    model[0].wi.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    expected = model[0](x).to(bf16)
+
+    with fp32_boundaries(model, plan) as handle:
+        output = model[0](x)
+        model(x).sum().backward()
+        wide = model[0].wo(x.float())
+
+    assert handle.names == ("0", "0.wo")
+    assert any(note.startswith("'0' (CastsToItsWeight) needs") for note in plan.notes)
+    assert (output.dtype, wide.dtype) == (bf16, fp32)
+    assert torch.equal(output, expected)
+    assert set(seen) == {bf16}
+    assert [p.grad.dtype for p in model[0].parameters()] == [bf16, bf16, fp32, fp32]
+
+
+def test_a_module_around_that_deals_with_it_gets_none():
+    class CastsBack(CastsToItsWeight):
+        def forward(self, x):
+            return super().forward(x).to(x.dtype)
+
+    model = nn.Sequential(CastsBack())
+
+    assert fp32_boundaries(model, cast_plan(model, bf16, keep_fp32="0.wo")).names == ("0.wo",)
+
+
+def test_pins_that_do_not_fit_the_other_tensors_are_noted_and_get_none():
+    model = nn.Sequential(nn.Linear(4, 4))
+    plan = cast_plan(model, bf16, keep_fp32="0.weight")
+    apply(plan)
+
+    assert any("pin all of its tensors or none" in note for note in plan.notes)
+    assert fp32_boundaries(model, plan).names == ()
+    for x in (activation(2, 4), torch.randn(2, 4)):
+        with pytest.raises(RuntimeError):
+            model(x)
+
+
+def test_a_trial_runs_no_hooks_and_no_forward_of_an_object_s_own():
+    model = nn.Sequential(CastsToItsWeight())
+    plan = cast_plan(model, bf16, keep_fp32="0.wo")
+    called = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *a: called.append(a))
+        module.register_forward_pre_hook(lambda *a, **k: called.append(a), with_kwargs=True)
+    model[0].wi.forward = called.append
+
+    again = cast_plan(model, bf16, keep_fp32="0.wo")
+
+    assert again.notes == plan.notes
+    assert called == []
+
+
+@EACH
+def test_inside_a_boundary_autocast_is_off(make, sample):
+    model, plan = pinned(make())
+    apply(plan)
+    x = sample()
+
+    with fp32_boundaries(model, plan):
+        expected = model(x)
+        with torch.autocast("cpu", dtype=bf16):
+            output = model(x)
+
+    assert torch.equal(output, expected)
+
+
+def test_a_boundary_of_what_comes_out_alone_leaves_autocast_on():
+    model = nn.Sequential(CastsToItsWeight())
+    plan = cast_plan(model, bf16, keep_fp32="0.wo")
+    apply(plan)
+
+    with fp32_boundaries(model, plan), torch.autocast("cpu", dtype=bf16):
+        assert model(torch.randn(2, 4)).dtype == fp32
+        assert model[0].wi(torch.randn(2, 4)).dtype == bf16
+
+
+@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_boundary_is_compiled_into_one_graph(autocast):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    plan = cast_plan(model, bf16, keep_fp32=["1", "2"])
+    apply(plan)
+    x = activation(2, 4)
+
+    with fp32_boundaries(model, plan), torch.autocast("cpu", dtype=bf16, enabled=autocast):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))

@@ -31,6 +31,7 @@ EFFECTFUL = (
     "backend/_fp8.py",
     "backend/_probe.py",
     # These change copies of a model: to make them, and to see what a plan makes of a changed one.
+    "cast/_promotion.py",
     "testing/_laws_plan.py",
     "testing/_twin.py",
 )
