@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Run by torchrun, on several ranks.
+collect_ignore = ["ranks"]
+
 _VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SPECIAL_BITS = (
     -0x80000000,  # -0.0

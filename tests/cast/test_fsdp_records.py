@@ -14,9 +14,12 @@ from automodel_fn import (
     apply,
     bf16,
     cast_plan,
+    fp32,
+    frozen_cast_plan,
     restore,
     shard_by_plan,
     snapshot,
+    temporary_cast,
 )
 
 pytestmark = pytest.mark.usefixtures("gloo")
@@ -59,11 +62,11 @@ def test_records_that_are_not_known_are_refused_with_their_names(records, index,
 
 def test_the_record_of_a_torch_that_has_one_group_a_module_is_known(records, monkeypatch):
     model, state, group, _ = records
-    model(torch.ones(1, 4))
+    model.requires_grad_(False)
     monkeypatch.delattr(state, "_fsdp_param_groups")
     monkeypatch.setattr(type(state), "_fsdp_param_group", group)
-    plan = cast_plan(model, bf16)
-    assert [entry.action for entry in plan.entries] == ["cast"] * 4
+    reasons = [entry.reason for entry in frozen_cast_plan(model, bf16).entries]
+    assert all("left to FSDP2" in reason for reason in reasons)
 
 
 def test_a_restore_that_would_mix_the_dtypes_of_a_group_is_rolled_back(mesh):
@@ -76,6 +79,22 @@ def test_a_restore_that_would_mix_the_dtypes_of_a_group_is_rolled_back(mesh):
     model.reshard()
     assert {p.to_local().dtype for p in model.parameters()} == {bf16}
     model(torch.ones(1, 4, dtype=bf16)).sum().backward()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"),
+    reason="before PyTorch 2.13 gradients have no dtype of their own",
+)
+def test_a_gradient_is_cast_where_its_parameter_is_not(mesh):
+    model = sharded(mesh)
+    weight = model[0].weight
+    weight.grad_dtype = None
+    grad = weight.detach().bfloat16()
+    weight.grad = grad
+    with temporary_cast(model, fp32):
+        assert weight.grad.dtype == bf16
+    assert weight.grad is grad
+    assert grad.dtype == grad.to_local().dtype == fp32
 
 
 class Beside(nn.Module):
