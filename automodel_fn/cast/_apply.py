@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 
+import torch
 from torch import nn
 
 from automodel_fn.cast._batches import conversions_of
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, dry_run
-from automodel_fn.cast._dtensors import is_whole
+from automodel_fn.cast._dtensors import is_distributed, is_whole
 from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
 from automodel_fn.cast._groups import refuse_mixed_groups
 from automodel_fn.cast._plan import CastPlan, WeakObjects
@@ -60,11 +62,13 @@ def apply_cast_plan(
         if notes:
             _logger.warning(itemized("the cast plan has notes:", notes))
         undo = Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None
-        sized = [(math.prod(entry.shape), entry) for entry in plan.entries]
+        numels: defaultdict[tuple[torch.dtype, torch.dtype], int] = defaultdict(int)
+        for entry in plan.entries:
+            numels[entry.from_dtype, entry.to_dtype] += math.prod(entry.shape)
         return CastReport(
             plan.entries,
-            bytes_before=sum(numel * e.from_dtype.itemsize for numel, e in sized),
-            bytes_after=sum(numel * e.to_dtype.itemsize for numel, e in sized),
+            bytes_before=sum(n * before.itemsize for (before, _), n in numels.items()),
+            bytes_after=sum(n * after.itemsize for (_, after), n in numels.items()),
             notes=(*notes, *_view_note(conversions), *_part_note(conversions)),
             range_losses=losses,
             checksums=_checksums(model_scan) if checksum else (),
@@ -124,6 +128,7 @@ def _part_note(conversions: Sequence[Conversion]) -> tuple[str, ...]:
     parts = [
         name
         for conversion in conversions
+        if is_distributed(conversion.tensors[0])
         for name, tensor in zip(conversion.names, conversion.tensors, strict=True)
         if not is_whole(tensor)
     ]

@@ -50,7 +50,7 @@ def conversions_of(
             batches.add(entry, tensor, size)
         elif index == group[0]:
             batches.add_group(entry, [tensors[member] for member in group])
-        if not optimizers and gradient_of(tensor) is None:
+        if not optimizers and tensor.is_leaf and tensor.grad is None:
             continue
         # One of several tensors is cast once, and one of the model by its own entry.
         known = known or {id(item.tensor) for item in tensors}

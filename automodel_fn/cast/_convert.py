@@ -21,8 +21,9 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     """Each tensor in `dtype`, in a storage of its own."""
     if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
         return tuple(tensor.detach().to(dtype) for tensor in tensors)
-    # Not by no_grad: interrupted as it begins it would stay.
-    data = tuple([tensor.data for tensor in tensors])
+    data = tensors
+    if torch.is_grad_enabled():  # an interrupt as no_grad begins would leave it on
+        data = tuple([tensor.data for tensor in tensors])
     if data[0].is_cuda and len(data) > 1:
         return _converted_together(data, dtype)
     return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), data))

@@ -18,8 +18,9 @@ from typing import Any
 
 import attrs
 import torch
+from torch.distributed.tensor import DTensor
 
-from automodel_fn.cast._dtensors import is_distributed, swap_content
+from automodel_fn.cast._dtensors import swap_content
 from automodel_fn.cast._sharded import Shards, insist
 from automodel_fn.errors import PartialCastError, itemized
 
@@ -81,7 +82,8 @@ def exchange(
     order = sorted(range(len(exchanges)), key=lambda i: exchanges[i].can_finish)
     keeps = keep_originals or (shards is not None and shards.are_any)
     run = _Run([exchanges[i] for i in order], keeps, must_finish)
-    with interrupts_deferred() as check_interrupt:
+    # Once for all, and where no interrupt can leave gradients off.
+    with interrupts_deferred() as check_interrupt, torch.no_grad():
         run.reserve()
         if shards is not None:
             shards.begin(tensor for item in exchanges for tensor in item.tensors)
@@ -184,7 +186,7 @@ class _Run:
 
 def _assign(tensors: tuple[torch.Tensor, ...], data: tuple[torch.Tensor, ...]) -> None:
     for tensor, new in zip(tensors, data, strict=True):
-        if is_distributed(tensor):
+        if isinstance(tensor, DTensor):
             swap_content(tensor, new)
         else:
             tensor.data = new

@@ -80,7 +80,9 @@ def fsdp_groups(modules: Iterable[nn.Module]) -> tuple[FSDPGroup, ...]:
         BackendUnavailableError: This PyTorch keeps other records than those known here.
     """
     found: dict[int, FSDPGroup] = {}
-    for module in modules:
+    held = tuple(modules)
+    kinds = {kind for kind in set(map(type, held)) if issubclass(kind, FSDPModule)}
+    for module in held if kinds else ():
         if not isinstance(module, FSDPModule):
             continue
         state = module._get_fsdp_state()

@@ -8,7 +8,7 @@ from enum import IntEnum
 import attrs
 import torch
 
-from automodel_fn.cast._dtensors import is_whole, local
+from automodel_fn.cast._dtensors import is_plain, is_whole, local
 from automodel_fn.cast._entries import CAST, KEEP, SKIP, TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 from automodel_fn.dtypes import CASTABLE, dtype_name
@@ -101,7 +101,12 @@ def storage_groups(tensors: Sequence[NamedTensor]) -> list[list[int]]:
     holders: dict[int, int | list[int]] = {}
     groups: list[list[int]] = []
     for index, item in enumerate(tensors):
-        if not is_whole(item.tensor) or not (held := local(item.tensor)).numel():
+        held = item.tensor
+        if not is_plain(held):
+            if not is_whole(held):
+                continue
+            held = local(held)
+        if not held.numel():
             continue
         storage = held.untyped_storage()._cdata
         first = holders.setdefault(storage, index)

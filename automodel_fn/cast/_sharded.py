@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from automodel_fn.cast._dtensors import is_distributed
 from automodel_fn.cast._fsdp import (
     Padded,
     fsdp_groups,
@@ -36,7 +35,7 @@ class Shards:
 
     def __init__(self, model_scan: ModelScan, vote: Vote | None = None) -> None:
         self._vote = vote
-        sharded = [item for item in model_scan.tensors if is_distributed(item.tensor)]
+        sharded = [item for item in model_scan.tensors if isinstance(item.tensor, DTensor)]
         self._tensors = tuple(item.tensor for item in sharded)
         self._names = {id(item.tensor): item.names[0] for item in sharded}
         self._modules = tuple(module for _, _, module in model_scan.modules) if sharded else ()

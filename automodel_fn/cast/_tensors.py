@@ -97,7 +97,8 @@ class _Found:
         for key, tensor in held.items():
             if tensor is None:
                 continue
-            tensor = self._shards.get(id(tensor), tensor)
+            if self._shards:
+                tensor = self._shards.get(id(tensor), tensor)
             names = raw_names = (f"{module}.{key}" if module else key,)
             if module is not raw_module:
                 raw_names = (joined(raw_module, key),)
