@@ -47,12 +47,13 @@ def _case(
 
 
 def _measured(prepare: Prepare, has_plan: bool, case: Case) -> Measured:
-    """Warm up on one small layer, then plan and apply on the case's model, and check it."""
-    small = attrs.evolve(
-        case, parameters={**dict(case.parameters), "num_tensors": 8, "rows": 256, "cols": 512}
-    )
-    model = built_model(small)
-    prepare(model)()
+    """Warm up on one layer of the same weights, then plan and apply on the model, and check it."""
+    one_layer = attrs.evolve(case, parameters={**dict(case.parameters), "num_tensors": 8})
+    warm = built_model(one_layer)
+    prepare(warm)()
+    del warm
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
     model = built_model(case)
     call, planning = observed(lambda: prepare(model), case.device)
     _, applying = observed(call, case.device)
@@ -141,7 +142,7 @@ BENCHMARK = Benchmark(
     ours="automodel_fn",
     conditions=(
         "each measurement in a fresh process, one after another, every subject once a round",
-        "warm-up: the same call on one layer of 256 x 512 weights, before the model is built",
+        "warm-up: the same call on one layer of the case's weights, before the model is built",
         "garbage: collected before each timed call; the collector is on during it, as by default",
         "peak memory: the kernel's high-water mark of resident memory on a CPU, reset before the "
         "call; torch.cuda.max_memory_allocated on a GPU",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import attrs
 import torch
@@ -90,9 +91,14 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def _filled(case: Case, index: int) -> torch.Tensor:
     """The weight of that index: the same whenever it is made, and no two alike."""
-    generator = torch.Generator(case.device).manual_seed(index)
     weight = torch.empty(case.parameter("rows"), case.parameter("cols"), device=case.device)
-    return weight.uniform_(-1, 1, generator=generator)
+    return weight.uniform_(-1, 1, generator=_generator(case.device).manual_seed(index))
+
+
+@cache
+def _generator(device: str) -> torch.Generator:
+    """One for all weights: on a GPU a new one takes longer than the weight."""
+    return torch.Generator(device)
 
 
 def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -56,12 +56,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def copied_without_fsdp(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of a module as it was before `fully_shard`, which forbids a copy of its own.
-
-    Args:
-        module: The module.
-        memo: As `copy.deepcopy` takes it.
-    """
+    """A deep copy of a module as it was before `fully_shard`, which forbids a copy of its own."""
     for part in reversed(tuple(module.modules())):
         if isinstance(part, FSDPModule):
             kind = class_of(part)
