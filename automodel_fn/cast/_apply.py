@@ -47,7 +47,7 @@ def apply_cast_plan(
     originals: Originals | None = None
     is_sharded = False
     try:
-        with interrupts_deferred(), together(model_scan) as shards:
+        with interrupts_deferred() as check_interrupt, together(model_scan) as shards:
             is_sharded = shards.are_any
             groups = storage_groups(model_scan.tensors)
             refuse_stale(plan, model_scan, groups)
@@ -56,6 +56,7 @@ def apply_cast_plan(
             conversions = conversions_of(plan.entries, model_scan, groups, optimizers)
             dry_run(conversions)
             count = RangeCount(conversions)
+            check_interrupt()
             originals = exchange(count.exchanges(), shards, keep_originals=keep_originals)
         losses = count.losses()
         notes = (*plan.notes, *range_note(losses))

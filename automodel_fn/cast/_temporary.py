@@ -67,11 +67,12 @@ def temporary_cast(
     is_over = False
     try:
         try:
-            with interrupts_deferred(), together(model_scan) as shards:
+            with interrupts_deferred() as check_interrupt, together(model_scan) as shards:
                 groups = storage_groups(model_scan.tensors)
                 conversions = conversions_of(plan.entries, model_scan, groups)
                 dry_run(conversions)
                 exchanges = [conversion.exchange() for conversion in conversions]
+                check_interrupt()
                 originals = exchange(exchanges, shards, keep_originals=True)
             yield model
         finally:

@@ -62,10 +62,10 @@ def test_a_cast_that_loses_the_pins_is_noticed(trained):
 
 def test_a_cast_that_rounds_the_pins_and_widens_them_again_is_noticed(trained):
     def cast(plan, model):
-        pins = [entry.name for entry in plan.entries if entry.action == "keep"]
-        for name in pins:
-            buffer = model.get_buffer(name)
-            buffer.copy_(buffer.to(torch.bfloat16))
+        pins = {entry.name for entry in plan.entries if entry.action == "keep"}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in pins:
+                tensor.data.copy_(tensor.to(torch.bfloat16))
         apply(plan, model)
 
     (check,) = trained(cast=cast).failed
