@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,24 +34,38 @@ class Observation:
     peak_mib: float | None = attrs.field(kw_only=True)
 
 
-def observed(call: Callable[[], Result], device: str) -> tuple[Result, Observation]:
+def observed(
+    call: Callable[[], Result], device: str, *, pauses_gc: bool = False
+) -> tuple[Result, Observation]:
     """Call once and see what it took.
 
-    Garbage is collected before, and the collector is on during the call, as in any program.
+    Garbage is collected before. The collector is on during the call, as in any program, unless it
+    is paused: what it takes depends on all that the program holds.
 
     Args:
         call: What is measured.
         device: "cpu" or "cuda".
+        pauses_gc: Whether to pause the collector during the call.
     """
     gc.collect()
     extra_peak = _cuda_meter() if device == "cuda" else _cpu_meter()
-    start = time.perf_counter()
-    result = call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    ms = (time.perf_counter() - start) * 1e3
+    with _gc_paused() if pauses_gc else nullcontext():
+        start = time.perf_counter()
+        result = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        ms = (time.perf_counter() - start) * 1e3
     peak = extra_peak()
     return result, Observation(ms, peak_mib=None if peak is None else peak / MIB)
+
+
+@contextmanager
+def _gc_paused() -> Generator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _cuda_meter() -> Callable[[], int | None]:

@@ -30,7 +30,7 @@ class RangeLoss:
     Args:
         name: Canonical FQN of the tensor; or what belongs to it, as "weight.grad" and
             "weight (exp_avg_sq)".
-        num_infinite: How many finite values became infinite.
+        num_infinite: How many finite values became infinite; of a DTensor, in this rank's shard.
         num_zero: How many values other than zero became zero.
 
     Example:

@@ -42,3 +42,12 @@ def test_where_the_platform_does_not_tell_the_peak_it_is_none(monkeypatch, tmp_p
 
 def test_the_collector_is_left_on():
     assert observed(gc.isenabled, "cpu")[0]
+
+
+def test_the_collector_can_be_paused_and_is_on_again_also_after_an_error():
+    assert not observed(gc.isenabled, "cpu", pauses_gc=True)[0]
+    assert gc.isenabled()
+
+    with pytest.raises(ZeroDivisionError):
+        observed(lambda: 1 / 0, "cpu", pauses_gc=True)
+    assert gc.isenabled()

@@ -166,7 +166,7 @@ def test_a_date_that_is_not_given_is_taken():
     ("arguments", "fragments"),
     [
         ({"name": "casts"}, ("name='casts'", "cast")),
-        ({"cases": "fex"}, ("case='fex'", "few-half-pinned", "quick-many", "full, quick")),
+        ({"cases": "fex"}, ("case='fex'", "few-half-pinned", "quick-many", "full, names, quick")),
         ({"cases": ("few", "zz*")}, ("case='zz*'", "few")),
         ({"device": "tpu"}, ("device='tpu'", "cpu, cuda")),
         ({"rounds": 0}, ("rounds=0", "at least 1")),

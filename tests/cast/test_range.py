@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from automodel_fn import (
     PartialCastError,
@@ -274,3 +276,13 @@ def test_the_count_of_a_repeated_conversion_is_that_of_one(make_holder, at_opera
         assert [(loss.num_infinite, loss.num_zero) for loss in count.losses()] == [(1, 1)] * 3
         if mode.seen < n:
             return
+
+
+def test_a_sharded_tensor_is_counted_by_this_rank_s_shard(make_holder, gloo):
+    mesh = init_device_mesh("cpu", (1,))
+    whole = torch.tensor([1e6, 1e-9, 1.0])
+    model = make_holder(weight=nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
+
+    report = apply(cast_plan(model, fp16))
+
+    assert report.range_losses == (RangeLoss("weight", num_infinite=1, num_zero=1),)
