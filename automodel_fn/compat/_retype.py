@@ -81,7 +81,9 @@ def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
         data: By FQN, with wrappers or without, the values; plain tensors keep their identity.
     """
     model_scan = scan(model)
-    holders = {name: item for item in model_scan.tensors for name in _spellings(item)}
+    # One's name without wrappers may be another's with them: that is the name in a state dict.
+    holders = {name: item for item in model_scan.tensors for name in item.names}
+    holders |= {name: item for item in model_scan.tensors for name in item.raw_names}
     known = [(holders[name].tensor, new) for name, new in data.items() if name in holders]
     wanted = {id(tensor): (tensor, new) for tensor, new in known}
     grads = [(tensor.grad, tensor.grad) for tensor, _ in known if tensor.grad is not None]
@@ -104,10 +106,6 @@ def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
 
 def _copied(new: torch.Tensor) -> tuple[torch.Tensor]:
     return (new.detach().to(torch.float32, copy=True),)
-
-
-def _spellings(item: NamedTensor) -> Iterator[str]:
-    yield from (*item.raw_names, *item.names)
 
 
 def _wanted(item: NamedTensor, rule: Rule) -> torch.dtype | None:

@@ -180,6 +180,22 @@ def test_snapshots_hold_and_bring_back_what_those_of_the_original_do(
     compare(model, call)
 
 
+def test_a_snapshot_goes_back_by_names_with_wrappers_where_one_without_is_the_same():
+    part = nn.Module()
+    part.register_buffer("weight", torch.ones(2))
+    part.module = nn.Linear(1, 2, bias=False)
+    model = nn.DataParallel(part)
+    held = nemo._snapshot_fp32_tensors(model, parameter_keywords=[], buffer_keywords=["weight"])
+
+    model.to(torch.bfloat16)
+    nemo._restore_fp32_tensor_snapshots(
+        model, parameter_snapshots=held[0], buffer_snapshots=held[1]
+    )
+
+    assert part.weight.dtype == torch.float32
+    assert part.module.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, "bf16"])
 def test_a_dtype_that_no_model_can_have_is_the_same_error(original, outcome, dtype):
     model = nn.Linear(2, 2)
