@@ -18,28 +18,23 @@ _TO_DTYPE: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Each tensor in `dtype`, in a storage of its own."""
+    """Each tensor in `dtype`, in a storage of its own; gradients are off, or it needs none."""
     if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
         return tuple(tensor.detach().to(dtype) for tensor in tensors)
-    data = tensors
-    if torch.is_grad_enabled():  # an interrupt as no_grad begins would leave it on
-        data = tuple([tensor.data for tensor in tensors])
-    if data[0].is_cuda and len(data) > 1:
-        return _converted_together(data, dtype)
-    return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), data))
+    if tensors[0].is_cuda and len(tensors) > 1:
+        return converted_together(tensors, dtype)
+    return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), tensors))
 
 
-def _converted_together(
+def converted_together(
     tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """The same in two calls, where a launch for each tensor would take longer than its cast."""
-    if not all(map(torch.Tensor.is_contiguous, tensors)):
-        return tuple(tensor.to(dtype) for tensor in tensors)
-    shapes = [tensor.shape for tensor in tensors]
-    device = tensors[0].device
-    blank = {shape: torch.empty(shape, dtype=dtype, device=device) for shape in set(shapes)}
+    layouts = [(tensor.shape, tensor.stride()) for tensor in tensors]
+    of_layout = dict(zip(layouts, tensors, strict=True))
+    blank = {key: torch.empty_like(one, dtype=dtype) for key, one in of_layout.items()}
     # The quickest way to many tensors with a storage each; what is in them is overwritten.
-    made = torch._foreach_neg([blank[shape] for shape in shapes])  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
+    made = torch._foreach_neg([blank[layout] for layout in layouts])  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
     torch._foreach_copy_(made, tensors)  # pyright: ignore[reportPrivateImportUsage] - as above
     return tuple(made)
 

@@ -47,7 +47,7 @@ def uncastable(item: NamedTensor) -> Decision | None:
     """The decision for a tensor that no cast may touch, or None for one that it may."""
     if not is_whole(item.tensor):
         kind = type(item.tensor).__name__
-        return skipped(item, f"a {kind} is left as it is: only plain tensors are cast")
+        return skipped(item, f"a {kind} is left as it is: only plain tensors and DTensors are cast")
     if item.tensor.dtype not in CASTABLE:
         return skipped(item, f"{dtype_name(item.tensor.dtype)} is left as it is")
     return None

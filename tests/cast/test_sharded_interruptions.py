@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from automodel_fn import apply, bf16, cast_plan, restore, snapshot, temporary_cast
 from automodel_fn.cast._sharded import Vote
@@ -196,3 +197,38 @@ def test_a_temporary_cast_that_is_interrupted_on_exit_still_ends(outcomes, act):
 def test_several_interruptions_are_as_good_as_one(outcomes, times):
     for n, is_as_before, is_as_after in outcomes(applied(False), out_of_memory, times):
         assert is_as_before or is_as_after, f"at {n}"
+
+
+def test_a_sharded_model_stays_cast_if_an_error_comes_when_all_ranks_are_done(
+    make, same_bits, monkeypatch
+):
+    model, optimizer = make()
+    done, its_optimizer = make()
+    apply(planned(done, its_optimizer))
+
+    def fails(tensor):
+        raise MemoryError
+
+    monkeypatch.setattr("automodel_fn.cast._apply.checksum_of", fails)
+    plan = planned(model, optimizer)
+    with pytest.raises(MemoryError):
+        apply(plan, keep_originals=True, checksum=True)
+
+    assert State(model, optimizer).is_as(State(done, its_optimizer), same_bits)
+
+
+def test_a_gradient_that_is_a_sum_still_to_be_made_is_noted(gloo, make_holder):
+    mesh = init_device_mesh("cpu", (1,))
+    whole = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    part = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    whole.grad = distribute_tensor(torch.ones(3), mesh, [Replicate()])
+    part.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+
+    model = make_holder(whole=whole, part=part)
+
+    report = apply(cast_plan(model, bf16))
+
+    assert part.grad.dtype == whole.grad.dtype == bf16
+    (note,) = [note for note in report.notes if "sums over ranks" in note]
+    assert note.startswith("1 gradients")
+    assert "'part.grad'" in note

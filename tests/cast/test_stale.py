@@ -46,6 +46,14 @@ def add(model):
     model["mlp"].register_buffer("more", torch.ones(1))
 
 
+def add_last(model):
+    model["more"] = nn.LayerNorm(2)
+
+
+def remove_last(model):
+    model["norm"].bias = None
+
+
 def make_fleeting(model):
     model.register_buffer("table", model.table, persistent=False)
 
@@ -65,6 +73,8 @@ CHANGES = [
     (tie, ["norm.weight: names", "norm.bias: names"]),
     (remove, ["mlp.bias: presence should be a tensor, found absent"]),
     (add, ["mlp.more: presence should be absent, found a tensor"]),
+    (add_last, [f"more.{name}: presence should be absent" for name in ("weight", "bias")]),
+    (remove_last, ["norm.bias: presence should be a tensor, found absent"]),
     (make_fleeting, ["table: kind"]),
     (cast, ["mlp.bias: dtype should be float32, found float16"]),
     (make_parameter, ["table: kind", "table: requires_grad"]),

@@ -1,0 +1,161 @@
+"""Conversions of many tensors at once: what is in one, their order, and what they are made by."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import nullcontext
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
+from automodel_fn.cast._batches import conversions_of
+from automodel_fn.cast._convert import converted_together
+from automodel_fn.cast._exchange import Exchange, exchange
+from automodel_fn.cast._tensors import scan
+
+CONVERSION = {"aten::_to_copy"}
+
+
+class Refusing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensors_that_may_refuse_are_not_converted_with_others(make_holder):
+    model = make_holder(
+        large=nn.Parameter(torch.ones(64)),
+        a=torch.ones(2),
+        refusing=torch.ones(2).as_subclass(Refusing),
+        b=torch.ones(2),
+    )
+
+    made = conversions_of(cast_plan(model, bf16).entries, scan(model), groups=())
+
+    finishes = {name: c.exchange().can_finish for c in made for name in c.names}
+    assert finishes == {"large": True, "a": True, "refusing": False, "b": True}
+    assert ("a", "b") in [conversion.names for conversion in made]
+
+
+def test_entries_of_another_order_are_carried_out_by_their_names(make_holder, same_bits):
+    values = {name: torch.full((3,), 1.001) for name in ("a", "b", "c")}
+    model = make_holder(**{name: nn.Parameter(value.clone()) for name, value in values.items()})
+    plan = cast_plan(model, bf16, keep_fp32="a")
+
+    apply(attrs.evolve(plan, entries=plan.entries[::-1]), model)
+
+    assert same_bits(model.a, values["a"])
+    assert same_bits(model.b, values["b"].to(bf16))
+    assert same_bits(model.c, values["c"].to(bf16))
+
+
+@pytest.mark.parametrize("widening", ["a", "z"])
+def test_undo_gives_each_its_own_original_where_some_become_wider(
+    make_holder, special, state_of, widening
+):
+    names = ("a", "m", "z")
+    stored = {name: bf16 if name == widening else fp32 for name in names}
+    model = make_holder(**{n: nn.Parameter(special(4).to(stored[n])) for n in names})
+    before = state_of(model)
+
+    report = apply(cast_plan(model, bf16, keep_fp32=widening), keep_originals=True)
+    assert getattr(model, widening).dtype == fp32
+    report.undo()
+
+    assert state_of(model).differences(before) == []
+
+
+def test_what_cannot_be_finished_at_once_is_finished_in_parts():
+    tensors = [torch.full((2,), float(i)) for i in range(4)]
+    calls = []
+
+    def fails():
+        calls.append("whole")
+        raise MemoryError
+
+    def one(tensor):
+        def make():
+            return (tensor.to(bf16),)
+
+        return Exchange(("t",), tensors=(tensor,), make=make, num_bytes=4, can_finish=True)
+
+    first, *others = tensors
+    whole = Exchange(
+        ("t1", "t2", "t3"),
+        tensors=tuple(others),
+        make=fails,
+        num_bytes=4,
+        can_finish=True,
+        parts=lambda: tuple(map(one, others)),
+    )
+
+    with pytest.raises(MemoryError):
+        exchange([one(first), whole])
+
+    assert calls == ["whole"]
+    assert [tensor.dtype for tensor in tensors] == [bf16] * 4
+    assert [tensor.tolist() for tensor in tensors] == [[float(i)] * 2 for i in range(4)]
+
+
+def test_new_data_is_made_with_gradients_off_and_they_are_on_again_also_after_an_error():
+    seen = []
+
+    def make(error=None):
+        seen.append(torch.is_grad_enabled())
+        if error is not None:
+            raise error
+        return (torch.ones(1),)
+
+    for error in (None, MemoryError()):
+        item = Exchange(
+            ("t",),
+            tensors=(torch.zeros(1),),
+            make=lambda error=error: make(error),
+            num_bytes=4,
+            can_finish=False,
+        )
+        with pytest.raises(MemoryError) if error else nullcontext():
+            exchange([item])
+        assert torch.is_grad_enabled()
+    assert seen == [False, False]
+
+
+def test_a_temporary_cast_that_is_interrupted_before_it_begins_converts_nothing(
+    make_holder, at_operator
+):
+    def press_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+
+    model = make_holder(a=nn.Parameter(torch.ones(3)), b=nn.Parameter(torch.ones(4)))
+    mode = at_operator(1, press_ctrl_c, names=CONVERSION)
+
+    with mode, pytest.raises(KeyboardInterrupt):
+        temporary_cast(model, bf16).__enter__()
+
+    assert mode.seen == 1  # one element, on trial
+
+
+# The step of a dimension with one element says nothing of the layout.
+def steps(tensor):
+    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_many_at_once_have_the_bits_strides_and_storages_of_each_alone(special, same_bits, dtype):
+    base = special(4, 6)
+    tensors = (
+        *(special(2, 5), special(2, 5), special(3)),
+        *(special(2, 5).t(), special(1, 3, 2, 2).to(memory_format=torch.channels_last)),
+        *(base[:, ::2], base[0].expand(3, 6), special(1, 4).as_strided((1, 4), (9, 1))),
+    )
+
+    made = converted_together(tensors, dtype)
+
+    for tensor, new in zip(tensors, made, strict=True):
+        alone = tensor.to(dtype)
+        assert same_bits(new, alone)
+        assert steps(new) == steps(alone)
+    assert len({new.untyped_storage().data_ptr() for new in made}) == len(tensors)
