@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from automodel_fn.cast._fsdp import reshard
 from automodel_fn.compat import (
     _backend,
     _flags,
@@ -142,7 +141,6 @@ def cast_model_to_dtype(
     ignore_preserved_dtypes: bool = False,
 ) -> None:
     """Cast a model, but for its declared fp32 pins and the submodules named in `skip_modules`."""
-    reshard(model.modules())
     cast_model(
         model,
         dtype,
@@ -208,7 +206,6 @@ def cast_frozen_modules_to_compute_dtype(
 ) -> None:
     """Cast frozen parts, and modules that mix frozen weights with adapters; None does nothing."""
     if compute_dtype is not None:
-        reshard(model.modules())
         cast_frozen(model, compute_dtype, _get_fp32_module_keywords(model))
 
 

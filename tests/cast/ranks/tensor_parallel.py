@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import torch
-from models import (
-    State,
-    bits,
-    reshard,
-    shard_like,
-    the_mesh,
-)
+from models import State, bits, reshard, shard_like, the_mesh, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -50,15 +44,8 @@ def loss(model):
     return model(x.to(model.up.weight.dtype)).float().pow(2).mean()
 
 
-def steps(model, optimizer, num=2):
-    losses = []
-    for _ in range(num):
-        optimizer.zero_grad()
-        one = loss(model)
-        one.backward()
-        optimizer.step()
-        losses.append(one.item())
-    return losses
+def trained(model, optimizer):
+    return train(model, optimizer, num_steps=2, loss_of=loss)
 
 
 def claim_shards_and_replicas_are_cast_as_the_whole_tensor_is():
@@ -79,14 +66,14 @@ def claim_shards_and_replicas_are_cast_as_the_whole_tensor_is():
 def claim_a_split_model_cast_between_steps_trains_like_an_unsplit_one():
     model, plain = split(feed()), feed()
     optimizer, plain_optimizer = (torch.optim.AdamW(m.parameters(), 0.01) for m in (model, plain))
-    torch.testing.assert_close(steps(model, optimizer), steps(plain, plain_optimizer))
+    torch.testing.assert_close(trained(model, optimizer), trained(plain, plain_optimizer))
     seen = []
     model.up.weight.purpose = "up"
     model.up.weight.register_hook(lambda grad: seen.append(grad.dtype))
     for one, its in ((model, optimizer), (plain, plain_optimizer)):
         apply(cast_plan(one, bf16, optimizers=[its]))
     # The halves of a row-wise product are rounded to bf16 before they are added.
-    found, wanted = steps(model, optimizer), steps(plain, plain_optimizer)
+    found, wanted = trained(model, optimizer), trained(plain, plain_optimizer)
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=0)
     assert model.up.weight.purpose == "up"
     assert seen == [bf16, bf16]
@@ -96,7 +83,7 @@ def claim_a_split_model_cast_between_steps_trains_like_an_unsplit_one():
 def claim_a_split_model_goes_back_exactly():
     model = split(feed())
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    steps(model, optimizer)
+    trained(model, optimizer)
     before = State(model, optimizer)
     plan = cast_plan(model, bf16, optimizers=[optimizer])
     apply(plan, keep_originals=True).undo()
@@ -144,11 +131,11 @@ def claim_a_model_that_is_split_and_sharded_is_cast_in_both():
     fully_shard(model.norm, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])
     optimizer, plain_optimizer = (torch.optim.AdamW(m.parameters(), 0.01) for m in (model, plain))
-    torch.testing.assert_close(steps(model, optimizer), steps(plain, plain_optimizer))
+    torch.testing.assert_close(trained(model, optimizer), trained(plain, plain_optimizer))
     for one, its in ((model, optimizer), (plain, plain_optimizer)):
         apply(cast_plan(one, bf16, optimizers=[its]))
     reshard(model)
     assert model.up.weight.to_local().dtype == bf16
     assert model.norm.weight.to_local().dtype == fp32
-    found, wanted = steps(model, optimizer), steps(plain, plain_optimizer)
+    found, wanted = trained(model, optimizer), trained(plain, plain_optimizer)
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=0)
