@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
@@ -12,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from automodel_fn.cast._batches import conversions_of
+from automodel_fn.cast._batches import Batch, batches_of, conversions_of
 from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, dry_run
@@ -42,18 +40,20 @@ def apply_cast_plan(
 ) -> CastReport:
     """Carry a cast plan out, wholly or not at all; see `apply`."""
     target = plan.model() if model is None else model
-    model_scan = scan(target)
+    tensors = plan.layout.tensors_of(target, plan.entries)
+    # A model that its plan knows again has no shards, and nothing more to be compared.
+    model_scan = scan(target) if tensors is None else ModelScan((), modules=())
     conversions: tuple[Conversion, ...] = ()
     originals: Originals | None = None
     is_sharded = False
     try:
         with interrupts_deferred() as check_interrupt, together(model_scan) as shards:
             is_sharded = shards.are_any
-            groups = storage_groups(model_scan.tensors)
-            refuse_stale(plan, model_scan, groups)
-            refuse_mixed_groups(model_scan, plan.entries)
-            optimizers = plan.optimizer_refs.alive()
-            conversions = conversions_of(plan.entries, model_scan, groups, optimizers)
+            batches = plan.layout.batches
+            if tensors is None:
+                tensors = tuple(item.tensor for item in model_scan.tensors)
+                batches = _fitting(plan, model_scan)
+            conversions = conversions_of(batches, tensors, plan.optimizer_refs.alive())
             dry_run(conversions)
             count = RangeCount(conversions)
             check_interrupt()
@@ -63,16 +63,11 @@ def apply_cast_plan(
         if notes:
             _logger.warning(itemized("the cast plan has notes:", notes))
         undo = Undo(conversions, originals, WeakObjects(target)).run if keep_originals else None
-        numels: defaultdict[tuple[torch.dtype, torch.dtype], int] = defaultdict(int)
-        for entry in plan.entries:
-            numels[entry.from_dtype, entry.to_dtype] += math.prod(entry.shape)
         return CastReport(
             plan.entries,
-            bytes_before=sum(n * before.itemsize for (before, _), n in numels.items()),
-            bytes_after=sum(n * after.itemsize for (_, after), n in numels.items()),
             notes=(*notes, *_view_note(conversions), *_part_note(conversions)),
             range_losses=losses,
-            checksums=_checksums(model_scan) if checksum else (),
+            checksums=_checksums(scan(target)) if checksum else (),
             undo_cast=undo,
         )
     except BaseException:
@@ -82,12 +77,18 @@ def apply_cast_plan(
         raise
 
 
+def _fitting(plan: CastPlan, model_scan: ModelScan) -> tuple[Batch, ...]:
+    """How the plan's casts are made in a model that it has to be compared with first."""
+    groups = storage_groups(model_scan.tensors)
+    refuse_stale(plan, model_scan, groups)
+    refuse_mixed_groups(model_scan, plan.entries)
+    return batches_of(plan.entries, model_scan.tensors, groups)
+
+
 def _roll_back(conversions: Sequence[Conversion], originals: Originals) -> None:
     """Put kept originals back: without the report nobody could."""
     reverse = [
-        Exchange(
-            c.names, tensors=c.tensors, make=partial(tuple, data), num_bytes=0, can_finish=False
-        )
+        Exchange.at_once(c.names, c.tensors, partial(tuple, data))
         for c, data in zip(conversions, originals, strict=True)
     ]
     with interrupts_deferred():
@@ -145,6 +146,7 @@ def _view_note(conversions: Sequence[Conversion]) -> tuple[str, ...]:
     views = [
         name
         for conversion in conversions
+        if any(map(torch.Tensor._is_view, conversion.tensors))
         for name, tensor in zip(conversion.names, conversion.tensors, strict=True)
         if tensor._is_view()
     ]

@@ -1,9 +1,10 @@
-"""The conversions that a plan asks for: large tensors one by one, small ones many at once."""
+"""How a plan's tensors are converted: what is alike together, in steps that take little memory."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import attrs
@@ -11,60 +12,184 @@ import torch
 from torch.optim import Optimizer
 
 from automodel_fn.cast._conversions import Conversion, gradient_of
+from automodel_fn.cast._convert import LARGE
 from automodel_fn.cast._entries import TensorCast
-from automodel_fn.cast._tensors import ModelScan, NamedTensor
+from automodel_fn.cast._tensors import NamedTensor
 
-_LARGE = 8 << 20
-"""Bytes from which on a tensor is worth a conversion of its own, and batches are not larger."""
-_MIN_PARTS = 64
-"""Into how many batches a model is divided at least, where its tensors are smaller than that."""
+_MIN_STEPS = 64
+"""Into how many steps a model of small tensors is divided at least."""
+_WINDOW = 256 << 20
+"""Bytes that a GPU's kernels are given at once, where earlier steps have freed as many."""
 
 
-def conversions_of(
+@attrs.frozen
+class Batch:
+    """A `Conversion` of weights, by their places in a model instead of tensors.
+
+    Args:
+        names: Their canonical FQNs.
+        places: Their places among the tensors of the model.
+        from_dtype: Their dtype before.
+        to_dtype: Their dtype afterwards.
+        ends: Where each step ends.
+        num_bytes: Size of the largest of them afterwards; of all, if they are one storage.
+        is_one_storage: Whether they are views of one storage.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[int, ...] = attrs.field(kw_only=True)
+    from_dtype: torch.dtype = attrs.field(kw_only=True)
+    to_dtype: torch.dtype = attrs.field(kw_only=True)
+    ends: tuple[int, ...] = attrs.field(kw_only=True)
+    num_bytes: int = attrs.field(kw_only=True)
+    is_one_storage: bool = attrs.field(default=False, kw_only=True)
+
+    def conversion(self, tensors: Sequence[torch.Tensor]) -> Conversion:
+        """That of the tensors of a model."""
+        return Conversion(
+            self.names,
+            owners=self.names,
+            tensors=picked(tensors, self.places),
+            from_dtype=self.from_dtype,
+            to_dtype=self.to_dtype,
+            ends=self.ends,
+            num_bytes=self.num_bytes,
+            is_weight=True,
+            is_one_storage=self.is_one_storage,
+        )
+
+
+def picked(items: Sequence[Any], places: Sequence[int]) -> tuple[Any, ...]:
+    """The items at some places.
+
+    Example:
+        >>> picked("abc", (2, 0)), picked("abc", (1,)), picked("abc", ())
+        (('c', 'a'), ('b',), ())
+    """
+    if len(places) < 2:
+        return tuple(items[place] for place in places)
+    return itemgetter(*places)(items)
+
+
+def batches_of(
     entries: Sequence[TensorCast],
-    model_scan: ModelScan,
+    tensors: Sequence[NamedTensor],
     groups: Sequence[Sequence[int]],
-    optimizers: Sequence[Optimizer] = (),
-) -> tuple[Conversion, ...]:
-    """Every dtype change that the entries ask for: of weights, and of what belongs to them.
-
-    Small tensors are converted many at once, as long as they take no more memory than the largest
-    single one, or than a small part of the model.
+) -> tuple[Batch, ...]:
+    """How the weights are converted that the entries change.
 
     Args:
         entries: A plan's entries.
-        model_scan: The model that they fit.
-        groups: The indices of its tensors that are views of one storage.
+        tensors: The tensors of the model that they fit.
+        groups: The places of those that are views of one storage.
+    """
+    planned = _planned(entries, tensors)
+    grouped = {place: group for group in groups for place in group}
+    limit = _limit([entry.bytes_after for _, entry in planned])
+    gathered: defaultdict[Any, list[tuple[str, int, int]]] = defaultdict(list)
+    for place, entry in planned:
+        group, size, tensor = grouped.get(place), entry.bytes_after, tensors[place].tensor
+        if group is None:
+            key = _key(tensor, entry.to_dtype, size)
+            gathered[key].append((entry.names[0], place, size))
+        elif place == group[0]:
+            gathered[group[0], entry.to_dtype] = [
+                (tensors[member].names[0], member, size) for member in group
+            ]
+    return tuple(_batch(members, key, tensors, limit) for key, members in gathered.items())
+
+
+def _batch(
+    members: Sequence[tuple[str, int, int]],
+    key: tuple[Any, ...],
+    tensors: Sequence[NamedTensor],
+    limit: int,
+) -> Batch:
+    names, places, sizes = zip(*members, strict=True)
+    tensor, to_dtype = tensors[places[0]].tensor, key[1]
+    is_one_storage = isinstance(key[0], int)
+    return Batch(
+        names,
+        places=places,
+        from_dtype=tensor.dtype,
+        to_dtype=to_dtype,
+        ends=(len(places),) if is_one_storage else _ends(sizes, limit, tensor, to_dtype),
+        num_bytes=sum(sizes) if is_one_storage else max(sizes),
+        is_one_storage=is_one_storage,
+    )
+
+
+def conversions_of(
+    batches: Iterable[Batch],
+    tensors: Sequence[torch.Tensor],
+    optimizers: Sequence[Optimizer] = (),
+) -> tuple[Conversion, ...]:
+    """Every dtype change that a plan asks for: of weights, and of what belongs to them.
+
+    Args:
+        batches: How the weights are converted.
+        tensors: The tensors of the model.
         optimizers: Those whose state is converted along.
     """
-    tensors = model_scan.tensors
-    planned = _planned(entries, tensors)
-    grouped = {index: group for group in groups for index in group}
-    sizes = [entry.bytes_after for _, entry in planned]
-    batches = _Batches(sizes)
-    known: set[int] = set()
-    for (index, entry), size in zip(planned, sizes, strict=True):
-        tensor = tensors[index].tensor
-        group = grouped.get(index)
-        if group is None:
-            batches.add(entry, tensor, size)
-        elif index == group[0]:
-            batches.add_group(entry, [tensors[member] for member in group])
-        if not optimizers and tensor.is_leaf and tensor.grad is None:
-            continue
-        # One of several tensors is cast once, and one of the model by its own entry.
-        known = known or {id(item.tensor) for item in tensors}
-        for name, belonging in _belongings(tensor, entry, optimizers):
-            if id(belonging) not in known:
-                known.add(id(belonging))
-                batches.add(entry, belonging, size, name)
-    return batches.all()
+    weights = tuple(batch.conversion(tensors) for batch in batches)
+    if not optimizers and not any(_has_gradients(weight.tensors) for weight in weights):
+        return weights
+    return (*weights, *_of_belongings(weights, tensors, optimizers))
+
+
+def _has_gradients(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(not tensor.is_leaf or tensor.grad is not None for tensor in tensors)
+
+
+def _of_belongings(
+    weights: Sequence[Conversion],
+    tensors: Sequence[torch.Tensor],
+    optimizers: Sequence[Optimizer],
+) -> Iterator[Conversion]:
+    """Of gradients and optimizer state, each once; one of the model is cast by its own entry."""
+    known = set(map(id, tensors))
+    gathered: defaultdict[Any, list[tuple[str, str, torch.Tensor, int]]] = defaultdict(list)
+    for weight in weights:
+        for owner, tensor in zip(weight.names, weight.tensors, strict=True):
+            for name, belonging in _belongings(owner, tensor, weight.from_dtype, optimizers):
+                if id(belonging) not in known:
+                    known.add(id(belonging))
+                    size = belonging.numel() * weight.to_dtype.itemsize
+                    key = _key(belonging, weight.to_dtype, size)
+                    gathered[key].append((name, owner, belonging, size))
+    limit = _limit([size for members in gathered.values() for *_, size in members])
+    for (_, to_dtype, *_), members in gathered.items():
+        names, owners, found, sizes = zip(*members, strict=True)
+        yield Conversion(
+            names,
+            owners=owners,
+            tensors=found,
+            from_dtype=found[0].dtype,
+            to_dtype=to_dtype,
+            ends=_ends(sizes, limit, found[0], to_dtype),
+            num_bytes=max(sizes),
+            is_weight=False,
+        )
+
+
+def _belongings(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor's gradient, and its optimizer state of its own shape and dtype; no step counters."""
+    grad = gradient_of(tensor)
+    if grad is not None and grad.dtype == dtype:
+        yield f"{name}.grad", grad
+    for optimizer in optimizers:
+        for key, value in optimizer.state.get(tensor, {}).items():
+            is_alike = isinstance(value, torch.Tensor) and value.shape == tensor.shape
+            if is_alike and key != "step" and value.dtype == dtype:
+                yield f"{name} ({key})", value
 
 
 def _planned(
     entries: Sequence[TensorCast], tensors: Sequence[NamedTensor]
 ) -> list[tuple[int, TensorCast]]:
-    """What changes: the index of the tensor, and its entry."""
+    """What changes: the place of the tensor, and its entry."""
     if [entry.names for entry in entries] == [item.names for item in tensors]:
         places = range(len(tensors))
     else:
@@ -77,67 +202,34 @@ def _planned(
     ]
 
 
-class _Batches:
-    """Tensors gathered into conversions: large ones alone, small ones up to a limit."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._limit = min(_LARGE, max(max(sizes, default=0), sum(sizes) // _MIN_PARTS))
-        self._full: list[Conversion] = []
-        self._open: defaultdict[Any, _Batch] = defaultdict(_Batch)
-
-    def add(self, entry: TensorCast, tensor: torch.Tensor, num_bytes: int, name: str = "") -> None:
-        """Add a weight, or under a name of its own what belongs to it."""
-        key = entry.from_dtype, entry.to_dtype, tensor.device, type(tensor), name == ""
-        batch = self._open[key]
-        if batch.num_bytes + num_bytes > self._limit and batch.parts:
-            self._full.append(batch.conversion())
-            batch.clear()
-        batch.parts.append((name or entry.names[0], entry, tensor))
-        batch.num_bytes += num_bytes
-
-    def add_group(self, entry: TensorCast, items: Sequence[NamedTensor]) -> None:
-        """Add weights that are views of one storage."""
-        batch = _Batch()
-        batch.parts = [(item.names[0], entry, item.tensor) for item in items]
-        made = batch.conversion()
-        self._full.append(
-            attrs.evolve(made, owners=made.names, is_weight=True, is_one_storage=True)
-        )
-
-    def all(self) -> tuple[Conversion, ...]:
-        return (*self._full, *(batch.conversion() for batch in self._open.values()))
+def _key(tensor: torch.Tensor, to_dtype: torch.dtype, size: int) -> tuple[Any, ...]:
+    """What tensors have in common that are converted together."""
+    return type(tensor), to_dtype, tensor.dtype, tensor.device, size >= LARGE
 
 
-class _Batch:
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.parts: list[tuple[str, TensorCast, torch.Tensor]] = []
-        self.num_bytes = 0
-
-    def conversion(self) -> Conversion:
-        names, entries, tensors = zip(*self.parts, strict=True)
-        owners = tuple([entry.names[0] for entry in entries])
-        return Conversion(
-            names,
-            owners=owners,
-            tensors=tensors,
-            from_dtype=entries[0].from_dtype,
-            to_dtype=entries[0].to_dtype,
-            is_weight=names == owners,
-        )
+def _limit(sizes: Sequence[int]) -> int:
+    """How much a step of small tensors takes: as the largest, or a small part of the model."""
+    return min(LARGE, max(max(sizes, default=0), sum(sizes) // _MIN_STEPS))
 
 
-def _belongings(
-    tensor: torch.Tensor, entry: TensorCast, optimizers: Sequence[Optimizer]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor's gradient, and its optimizer state of its own shape and dtype; no step counters."""
-    grad = gradient_of(tensor)
-    if grad is not None and grad.dtype == entry.from_dtype:
-        yield f"{entry.name}.grad", grad
-    for optimizer in optimizers:
-        for key, value in optimizer.state.get(tensor, {}).items():
-            is_alike = isinstance(value, torch.Tensor) and value.shape == tensor.shape
-            if is_alike and key != "step" and value.dtype == entry.from_dtype:
-                yield f"{entry.name} ({key})", value
+def _ends(
+    sizes: Sequence[int], limit: int, tensor: torch.Tensor, to_dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Where the steps end, none of which takes more than the largest tensor and what is free.
+
+    A large tensor is a step of its own on a CPU. On a GPU the end of a kernel leaves it half idle
+    unless the next one runs already: there a step takes several, once earlier ones have freed the
+    memory that it needs.
+    """
+    is_on_gpu, largest = tensor.is_cuda, max(sizes)
+    freed_per_byte = tensor.dtype.itemsize / to_dtype.itemsize - 1
+    ends: list[int] = []
+    filled, freed = 0, 0.0
+    for place, size in enumerate(sizes):
+        room = min(largest + freed, _WINDOW) if is_on_gpu and size >= LARGE else limit
+        if filled and filled + size > room:
+            ends.append(place)
+            freed += max(0.0, filled * freed_per_byte)
+            filled = 0
+        filled += size
+    return (*ends, len(sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import attrs
@@ -18,11 +19,13 @@ _TORCHS_FUNCTIONS: tuple[Any, ...] = (
     cast(Any, torch.Tensor).__torch_function__.__func__,
     cast(Any, torch.nn.Parameter).__torch_function__,
 )
+_ORDINARY = {torch.Tensor, torch.nn.Parameter}
+_ALWAYS_CAST = {"cpu", "cuda", "meta"}
 
 
 @attrs.frozen
 class Conversion:
-    """A dtype change of tensors: of weights, or of gradients and optimizer state.
+    """A dtype change of tensors, step by step: of weights, or of gradients and optimizer state.
 
     Args:
         names: For each tensor what it is, for messages.
@@ -30,6 +33,8 @@ class Conversion:
         tensors: The tensors, on one device.
         from_dtype: Their dtype before.
         to_dtype: Their dtype afterwards.
+        ends: Where each step ends; those between two ends are converted together.
+        num_bytes: Size of the largest of them afterwards; of all, if they are one storage.
         is_weight: Whether they are parameters or buffers, not what belongs to one.
         is_one_storage: Whether they are views of one storage, and stay so.
     """
@@ -39,39 +44,74 @@ class Conversion:
     tensors: tuple[torch.Tensor, ...] = attrs.field(kw_only=True, eq=False, repr=False)
     from_dtype: torch.dtype = attrs.field(kw_only=True)
     to_dtype: torch.dtype = attrs.field(kw_only=True)
+    ends: tuple[int, ...] = attrs.field(kw_only=True)
+    num_bytes: int = attrs.field(kw_only=True)
     is_weight: bool = attrs.field(kw_only=True)
     is_one_storage: bool = attrs.field(default=False, kw_only=True)
 
-    def made(self) -> tuple[torch.Tensor, ...]:
-        """The tensors in their new dtype."""
-        return self.made_of(self.tensors)
+    @classmethod
+    def of_one_storage(
+        cls,
+        names: tuple[str, ...],
+        tensors: tuple[torch.Tensor, ...],
+        to_dtype: torch.dtype,
+        owners: tuple[str, ...] | None = None,
+    ) -> Conversion:
+        """That of one tensor, or of several that are views of one storage.
+
+        Args:
+            names: What they are.
+            tensors: The tensors.
+            to_dtype: Their dtype afterwards.
+            owners: The weights that they belong to; None if they are weights themselves.
+        """
+        from_dtype = tensors[0].dtype
+        size = sum(tensor.nbytes for tensor in tensors)
+        return cls(
+            names,
+            owners=owners or names,
+            tensors=tensors,
+            from_dtype=from_dtype,
+            to_dtype=to_dtype,
+            ends=(len(tensors),),
+            num_bytes=size // from_dtype.itemsize * to_dtype.itemsize,
+            is_weight=owners is None,
+            is_one_storage=len(tensors) > 1,
+        )
+
+    def made(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """The tensors of these places in their new dtype."""
+        return self.made_of(self.tensors[start:stop])
 
     def made_of(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """What the conversion makes of tensors like its own."""
         convert = converted_views if self.is_one_storage else converted
         return convert(tensors, self.to_dtype)
 
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """Where each step begins and ends."""
+        return pairwise((0, *self.ends))
+
     def parts(self) -> tuple[Conversion, ...]:
         """The same, one storage at a time."""
         if self.is_one_storage:
             return (self,)
         return tuple(
-            attrs.evolve(self, names=(name,), owners=(owner,), tensors=(tensor,))
+            attrs.evolve(self, names=(name,), owners=(owner,), tensors=(tensor,), ends=(1,))
             for name, owner, tensor in zip(self.names, self.owners, self.tensors, strict=True)
         )
 
     def exchange(self) -> Exchange:
         """The exchange that carries it out."""
-        sizes = [tensor.nbytes for tensor in self.tensors]
-        largest = sum(sizes) if self.is_one_storage else max(sizes)
         return Exchange(
             self.names,
             tensors=self.tensors,
             make=self.made,
-            num_bytes=largest // self.from_dtype.itemsize * self.to_dtype.itemsize,
+            ends=self.ends,
+            num_bytes=self.num_bytes,
             can_finish=not is_wider(self.to_dtype, self.from_dtype)
             and all(map(_is_bound_to_finish, set(map(type, self.tensors)))),
-            parts=lambda: tuple(part.exchange() for part in self.parts()),
+            is_divisible=not self.is_one_storage,
         )
 
 
@@ -99,11 +139,17 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def dry_run(conversions: Sequence[Conversion]) -> None:
-    """Cast one element of each kind, so that what cannot be cast fails before anything changes."""
+    """Cast one element of each kind, so that what cannot be cast fails before anything changes.
+
+    Ordinary tensors on devices that come with PyTorch can be: these are not tried.
+    """
     kinds: dict[tuple[Any, ...], torch.Tensor] = {}
     for c in conversions:
+        device = c.tensors[0].device
+        if device.type in _ALWAYS_CAST and _ORDINARY.issuperset(map(type, c.tensors)):
+            continue
         for kind, tensor in {type(tensor): tensor for tensor in c.tensors}.items():
-            kinds[kind, c.from_dtype, c.to_dtype, tensor.device] = tensor
+            kinds[kind, c.from_dtype, c.to_dtype, device] = tensor
     for (kind, from_dtype, to_dtype, _), tensor in kinds.items():
         try:
             local(tensor).detach().new_empty(1).to(to_dtype)

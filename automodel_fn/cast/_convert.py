@@ -9,6 +9,9 @@ import torch
 
 from automodel_fn.cast._dtensors import is_plain, local, rewrapped
 
+LARGE = 8 << 20
+"""Bytes from which on a tensor is worth a kernel of its own."""
+
 # The same as `tensor.to(dtype)`, with less to parse: that is a third of a small tensor's cast.
 _TO_DTYPE: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {
     torch.float32: torch.Tensor.float,
@@ -22,7 +25,8 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
         return tuple(tensor.detach().to(dtype) for tensor in tensors)
     if tensors[0].is_cuda and len(tensors) > 1:
-        return converted_together(tensors, dtype)
+        is_large = tensors[0].numel() * dtype.itemsize >= LARGE
+        return converted_at_once(tensors, dtype) if is_large else converted_together(tensors, dtype)
     return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), tensors))
 
 
@@ -37,6 +41,32 @@ def converted_together(
     made = torch._foreach_neg([blank[layout] for layout in layouts])  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
     torch._foreach_copy_(made, tensors)  # pyright: ignore[reportPrivateImportUsage] - as above
     return tuple(made)
+
+
+def converted_at_once(
+    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """The same on two streams of a GPU, so that the end of one kernel is the middle of another.
+
+    The memory is that of the current stream, which waits for the other one at the end.
+    """
+    made = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    device = tensors[0].device
+    current, other = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    other.wait_stream(current)
+    try:
+        with torch.cuda.stream(other):
+            _copy_each(made[1::2], tensors[1::2])
+        _copy_each(made[::2], tensors[::2])
+    finally:
+        # Also after an error: what was begun still writes to memory that is free again then.
+        current.wait_stream(other)
+    return made
+
+
+def _copy_each(to: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...]) -> None:
+    for new, tensor in zip(to, tensors, strict=True):
+        new.copy_(tensor)
 
 
 def converted_views(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice, pairwise
 from types import FrameType
 from typing import Any
 
@@ -29,24 +30,45 @@ _TRIES = 64
 
 @attrs.frozen
 class Exchange:
-    """New data for tensors that get it together: views of one storage, or many small tensors.
+    """New data for tensors: for views of one storage together, for others step by step.
 
     Args:
         names: What the tensors are, for messages.
         tensors: The tensors that get new data.
-        make: Makes the new data, one for each tensor; called again if it was interrupted.
-        num_bytes: Size of the new data, or of the largest of its parts.
+        make: Makes the new data of the tensors from one place to another; called again if it was
+            interrupted.
+        ends: Where each step ends; the tensors of a step get their data together.
+        num_bytes: Size of the new data of one tensor, the largest; of all, if it is not divisible.
         can_finish: Whether it may be finished when interrupted, since it takes less memory than
             what it replaces; otherwise its original is kept until the first that may.
-        parts: The same as exchanges that need less memory each; None if there are none.
+        is_divisible: Whether the tensors of a step can be given their data one by one.
     """
 
     names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...] = attrs.field(kw_only=True)
-    make: Callable[[], tuple[torch.Tensor, ...]] = attrs.field(kw_only=True)
+    make: Callable[[int, int], tuple[torch.Tensor, ...]] = attrs.field(kw_only=True)
+    ends: tuple[int, ...] = attrs.field(kw_only=True)
     num_bytes: int = attrs.field(kw_only=True)
     can_finish: bool = attrs.field(kw_only=True)
-    parts: Callable[[], tuple[Exchange, ...]] | None = attrs.field(default=None, kw_only=True)
+    is_divisible: bool = attrs.field(kw_only=True)
+
+    @classmethod
+    def at_once(
+        cls,
+        names: tuple[str, ...],
+        tensors: tuple[torch.Tensor, ...],
+        make: Callable[[], tuple[torch.Tensor, ...]],
+    ) -> Exchange:
+        """One of a single step, whose originals are kept."""
+        return cls(
+            names,
+            tensors=tensors,
+            make=lambda start, stop: make(),
+            ends=(len(tensors),),
+            num_bytes=0,
+            can_finish=False,
+            is_divisible=False,
+        )
 
 
 Originals = tuple[tuple[torch.Tensor, ...], ...]
@@ -88,7 +110,7 @@ def exchange(
         if shards is not None:
             shards.begin(tensor for item in exchanges for tensor in item.tensors)
         try:
-            while run.num_done < len(order):
+            while not run.is_done:
                 if not must_finish:
                     check_interrupt()
                 run.advance()
@@ -105,8 +127,11 @@ def exchange(
             raise
     if not keep_originals:
         return ()
-    kept = dict(zip(order, run.originals, strict=True))
+    kept = dict(zip(order, run.kept(), strict=True))
     return tuple(kept[i] for i in range(len(order)))
+
+
+_Step = tuple[Exchange, int, int]
 
 
 class _Run:
@@ -114,12 +139,25 @@ class _Run:
 
     def __init__(self, exchanges: list[Exchange], keep_originals: bool, must_finish: bool) -> None:
         self._exchanges = exchanges
+        self._steps: list[_Step] = [
+            (item, start, stop) for item in exchanges for start, stop in pairwise((0, *item.ends))
+        ]
         self._keep = keep_originals
         self._has_released = must_finish
         self._fresh: tuple[int, tuple[torch.Tensor, ...]] | None = None
         self._reserve: list[torch.Tensor] = []
-        self.num_done = 0
-        self.originals: list[tuple[torch.Tensor, ...]] = []
+        self._num_done = 0
+        self._originals: list[tuple[torch.Tensor, ...]] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self._num_done == len(self._steps)
+
+    def kept(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The originals of each exchange."""
+        left = iter(self._originals)
+        for item in self._exchanges:
+            yield tuple(chain.from_iterable(islice(left, len(item.ends))))
 
     def reserve(self) -> None:
         """Set memory aside for the largest exchange that may have to be finished, per device."""
@@ -135,29 +173,31 @@ class _Run:
         ]
 
     def advance(self) -> None:
-        """Do the next exchange."""
-        item = self._exchanges[self.num_done]
-        if len(self.originals) == self.num_done and not self._has_released:
-            self.originals.append(tuple(tensor.data for tensor in item.tensors))
-        if self._fresh is None or self._fresh[0] != self.num_done:
-            self._fresh = self.num_done, item.make()
-        _assign(item.tensors, self._fresh[1])
+        """Do the next step."""
+        done = self._num_done
+        item, start, stop = self._steps[done]
+        tensors = item.tensors[start:stop]
+        if len(self._originals) == done and not self._has_released:
+            self._originals.append(tuple([tensor.data for tensor in tensors]))
+        if self._fresh is None or self._fresh[0] != done:
+            self._fresh = done, item.make(start, stop)
+        _assign(tensors, self._fresh[1])
         if item.can_finish and not self._keep:
             self._has_released = True
-            self.originals.clear()
-        self.num_done += 1
+            self._originals.clear()
+        self._num_done += 1
         self._fresh = None
 
     def settle(self) -> None:
         """After an interruption: roll back, or finish if an original is gone already."""
         if not self._has_released:
-            for item, original in zip(self._exchanges, self.originals, strict=False):
-                insist(partial(_assign, item.tensors, original))
+            for (item, start, stop), original in zip(self._steps, self._originals, strict=False):
+                insist(partial(_assign, item.tensors[start:stop], original))
             return
         self._reserve.clear()
         self._divide()
         failures = 0
-        while self.num_done < len(self._exchanges):
+        while not self.is_done:
             try:
                 self.advance()
             except BaseException as error:
@@ -167,14 +207,19 @@ class _Run:
 
     def _divide(self) -> None:
         """Go on in the smallest steps; what is made already may be half in place."""
-        first = self.num_done + (self._fresh is not None)
-        left = self._exchanges[first:]
-        self._exchanges[first:] = [
-            p for item in left for p in (item.parts or (lambda i=item: (i,)))()
+        is_made = self._fresh is not None and self._fresh[0] == self._num_done
+        first = self._num_done + is_made
+        self._steps[first:] = [
+            (item, start, stop)
+            for item, begin, end in self._steps[first:]
+            for start, stop in (
+                pairwise(range(begin, end + 1)) if item.is_divisible else [(begin, end)]
+            )
         ]
 
     def _stuck(self) -> PartialCastError:
-        left = [name for item in self._exchanges[self.num_done :] for name in item.names]
+        steps = self._steps[self._num_done :]
+        left = [name for item, start, stop in steps for name in item.names[start:stop]]
         return PartialCastError(
             itemized(
                 f"an interrupted cast could not be finished; {len(left)} tensors are as before:",

@@ -11,6 +11,7 @@ from torch import nn
 
 from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._json import plan_from_json, plan_to_json
+from automodel_fn.cast._layout import Layout
 from automodel_fn.cast._units import FSDPUnit, units_of
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
@@ -93,6 +94,7 @@ class CastPlan:
     optimizer_refs: WeakObjects = attrs.field(
         factory=WeakObjects, kw_only=True, eq=False, repr=False
     )
+    layout: Layout = attrs.field(factory=Layout, kw_only=True, eq=False, repr=False)
 
     def model(self) -> nn.Module:
         """The model that the plan was made from.

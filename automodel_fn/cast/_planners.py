@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from automodel_fn.cast._autocast import autocast_note
+from automodel_fn.cast._batches import batches_of
 from automodel_fn.cast._frozen import frozen_rule
 from automodel_fn.cast._groups import (
     compute_notes,
@@ -16,10 +17,19 @@ from automodel_fn.cast._groups import (
     left_to_fsdp,
     refuse_mixed_groups,
 )
+from automodel_fn.cast._layout import Layout
 from automodel_fn.cast._pins import Pins, declared_pins
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._promotion import boundary_owners, pin_owners
-from automodel_fn.cast._rules import Decision, cast_to, decide, kept, skipped, uncastable
+from automodel_fn.cast._rules import (
+    Decision,
+    cast_to,
+    decide,
+    kept,
+    skipped,
+    storage_groups,
+    uncastable,
+)
 from automodel_fn.cast._selection import selected
 from automodel_fn.cast._tensors import BUFFER, NONPERSISTENT_BUFFER, ModelScan, NamedTensor, scan
 from automodel_fn.dtypes import parse_castable
@@ -193,7 +203,8 @@ def _plan(
     pins: Pins = _NO_PINS,
     optimizers: Iterable[Optimizer] = (),
 ) -> CastPlan:
-    entries, shared = decide(model_scan.tensors, rule)
+    groups = storage_groups(model_scan.tensors)
+    entries, shared = decide(model_scan.tensors, groups, rule)
     refuse_mixed_groups(model_scan, entries)
     owners = pin_owners(model_scan, entries)
     needed = boundary_owners(owners, dtype, in_fp32_units(model_scan, dtype))
@@ -206,6 +217,7 @@ def _plan(
         notes=(*pins.notes, *shared, *_gone_note(gone), *boundaries, *computed),
         model_ref=WeakObjects(model),
         optimizer_refs=WeakObjects(*optimizers),
+        layout=Layout(model_scan, entries, batches_of(entries, model_scan.tensors, groups)),
     )
 
 

@@ -75,9 +75,9 @@ class RangeCount:
         if conversion.to_dtype != torch.float16:
             return exchange
 
-        def make() -> tuple[torch.Tensor, ...]:
-            data = exchange.make()
-            self._count(conversion, data)
+        def make(start: int, stop: int) -> tuple[torch.Tensor, ...]:
+            data = exchange.make(start, stop)
+            self._count(conversion, start, data)
             return data
 
         # What the counting takes is set aside too, so that a cast can be finished with it.
@@ -86,11 +86,12 @@ class RangeCount:
             exchange,
             make=make,
             num_bytes=exchange.num_bytes + most * _SCRATCH_BYTES,
-            parts=lambda: tuple(self._exchange(part) for part in conversion.parts()),
         )
 
-    def _count(self, conversion: Conversion, data: tuple[torch.Tensor, ...]) -> None:
-        parts = zip(conversion.names, conversion.tensors, data, strict=True)
+    def _count(self, conversion: Conversion, start: int, data: tuple[torch.Tensor, ...]) -> None:
+        stop = start + len(data)
+        names, tensors = conversion.names[start:stop], conversion.tensors[start:stop]
+        parts = zip(names, tensors, data, strict=True)
         for name, before, after in parts:
             num_infinite, num_zero = range_loss(local(before).detach(), local(after))
             loss = RangeLoss(name, num_infinite=num_infinite, num_zero=num_zero)

@@ -18,8 +18,6 @@ class CastReport:
 
     Args:
         entries: The plan's entries, carried out.
-        bytes_before: Size of all parameters and buffers before, each tensor once.
-        bytes_after: The same afterwards.
         notes: The plan's notes, and what was found while casting.
         range_losses: What casts to float16 made infinite or zero, tensor by tensor; of gradients
             and optimizer state too. Empty if nothing was lost so, and on meta.
@@ -36,14 +34,22 @@ class CastReport:
     """
 
     entries: tuple[TensorCast, ...]
-    bytes_before: int = attrs.field(kw_only=True)
-    bytes_after: int = attrs.field(kw_only=True)
     notes: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     range_losses: tuple[RangeLoss, ...] = attrs.field(default=(), kw_only=True)
     checksums: tuple[tuple[str, int], ...] = attrs.field(default=(), kw_only=True)
     undo_cast: Callable[[], None] | None = attrs.field(
         default=None, kw_only=True, eq=False, repr=False
     )
+
+    @property
+    def bytes_before(self) -> int:
+        """Size of all parameters and buffers before, each tensor once."""
+        return sum(entry.bytes_before for entry in self.entries)
+
+    @property
+    def bytes_after(self) -> int:
+        """The same afterwards."""
+        return sum(entry.bytes_after for entry in self.entries)
 
     def undo(self) -> None:
         """Bring back every bit from before, all or nothing; works once.

@@ -75,12 +75,14 @@ def cast_to(item: NamedTensor, dtype: torch.dtype, reason: str) -> Decision:
 
 
 def decide(
-    tensors: Sequence[NamedTensor], rule: Callable[[int, NamedTensor], Decision]
+    tensors: Sequence[NamedTensor],
+    groups: Sequence[Sequence[int]],
+    rule: Callable[[int, NamedTensor], Decision],
 ) -> tuple[tuple[TensorCast, ...], tuple[str, ...]]:
     """Entries for all tensors, and a note for each group that shares a storage."""
     decisions = [rule(index, item) for index, item in enumerate(tensors)]
     notes: list[str] = []
-    for group in storage_groups(tensors):
+    for group in groups:
         names = ", ".join(tensors[index].names[0] for index in group)
         if len({tensors[index].tensor.dtype for index in group}) > 1:
             for index in group:
@@ -120,7 +122,7 @@ def storage_groups(tensors: Sequence[NamedTensor]) -> list[list[int]]:
 
 
 def _follow(
-    tensors: Sequence[NamedTensor], decisions: list[Decision], group: list[int], leader: int
+    tensors: Sequence[NamedTensor], decisions: list[Decision], group: Sequence[int], leader: int
 ) -> None:
     first = decisions[leader]
     for index in group:

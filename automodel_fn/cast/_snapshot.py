@@ -189,12 +189,10 @@ def _exchanges(
         members = [items[member] for member in group]
         if index != group[0] or not any(member.names in copies for member in members):
             continue
-        yield Exchange(
+        yield Exchange.at_once(
             tuple(member.names[0] for member in members),
-            tensors=tuple(member.tensor for member in members),
-            make=partial(_restored, members, copies),
-            num_bytes=sum(member.tensor.nbytes for member in members),
-            can_finish=False,
+            tuple(member.tensor for member in members),
+            partial(_restored, members, copies),
         )
         yield from _gradients(members, copies)
 
@@ -208,13 +206,8 @@ def _gradients(
         if copy is None or grad is None or not is_sharded(grad):
             continue
         if grad.dtype == member.tensor.dtype != copy.dtype:
-            yield Exchange(
-                (f"{member.names[0]}.grad",),
-                tensors=(grad,),
-                make=partial(converted, (grad,), copy.dtype),
-                num_bytes=grad.nbytes,
-                can_finish=False,
-            )
+            name, make = f"{member.names[0]}.grad", partial(converted, (grad,), copy.dtype)
+            yield Exchange.at_once((name,), (grad,), make)
 
 
 def _restored(

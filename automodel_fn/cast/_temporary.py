@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 
-from automodel_fn.cast._batches import conversions_of
+from automodel_fn.cast._batches import batches_of, conversions_of
 from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._conversions import Conversion, dry_run, each_with_data, gradient_of
 from automodel_fn.cast._convert import converted, converted_views, write
@@ -69,7 +69,9 @@ def temporary_cast(
         try:
             with interrupts_deferred() as check_interrupt, together(model_scan) as shards:
                 groups = storage_groups(model_scan.tensors)
-                conversions = conversions_of(plan.entries, model_scan, groups)
+                batches = batches_of(plan.entries, model_scan.tensors, groups)
+                tensors = tuple(item.tensor for item in model_scan.tensors)
+                conversions = conversions_of(batches, tensors)
                 dry_run(conversions)
                 exchanges = [conversion.exchange() for conversion in conversions]
                 check_interrupt()
@@ -110,7 +112,7 @@ def _returns(
         target = targets[conversion.owners[0]]
         handled.update(id(tensor) for tensor in conversion.tensors)
         make = partial(_merged_all, conversion.tensors, data, target)
-        made.append(_exchange(conversion.names[0], conversion.tensors, make))
+        made.append(Exchange.at_once(conversion.names, conversion.tensors, make))
     return [*made, *_latecomers(model, targets, handled)]
 
 
@@ -138,14 +140,7 @@ def _to_target(
 ) -> Iterator[Exchange]:
     target, stored = targets.get(name), tensors[0].dtype
     if target in CASTABLE and stored in CASTABLE and target != stored:
-        yield _exchange(name, tensors, partial(_converted, tensors, target))
-
-
-def _exchange(
-    name: str, tensors: tuple[torch.Tensor, ...], make: Callable[[], tuple[torch.Tensor, ...]]
-) -> Exchange:
-    num_bytes = sum(tensor.nbytes for tensor in tensors)
-    return Exchange((name,), tensors=tensors, make=make, num_bytes=num_bytes, can_finish=False)
+        yield Exchange.at_once((name,), tensors, partial(_converted, tensors, target))
 
 
 def _converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -34,12 +34,12 @@ class Undo:
         self.originals = None
 
     def _run(self, kept: Originals, model_scan: ModelScan, shards: Shards) -> None:
-        pairs = tuple(each_with_data(self.conversions, kept))
         present = {id(item.tensor) for item in model_scan.tensors}
         changed = [
-            conversion.names[0]
-            for conversion, originals in pairs
-            if conversion.is_weight and not _is_unchanged(conversion, originals, present)
+            name
+            for conversion, originals in zip(self.conversions, kept, strict=True)
+            if conversion.is_weight
+            for name in _changed(conversion, originals, present)
         ]
         if changed:
             raise StalePlanError(
@@ -50,20 +50,22 @@ class Undo:
                     "Nothing was changed. Bring the dtypes back with apply(plan.inverse()).",
                 )
             )
-        reverse = [_reverse(*pair) for pair in pairs]
+        reverse = [_reverse(*pair) for pair in each_with_data(self.conversions, kept)]
         new_gradients = _new_gradients(self.conversions, present)
         exchange([*reverse, *new_gradients], shards, keep_originals=True)
 
 
-def _is_unchanged(
+def _changed(
     conversion: Conversion, originals: tuple[torch.Tensor, ...], present: Container[int]
-) -> bool:
-    """Whether the model still holds these tensors, with the bits that the cast gave them."""
-    again = conversion.made_of(originals)
-    return all(
-        id(tensor) in present and same_bits(tensor, cast)
-        for tensor, cast in zip(conversion.tensors, again, strict=True)
-    )
+) -> Iterator[str]:
+    """What is not in the model any more, or has other bits than the cast gave it."""
+    for start, stop in conversion.steps():
+        again = conversion.made_of(originals[start:stop])
+        places = range(start, stop)
+        for place, cast in zip(places, again, strict=True):
+            tensor = conversion.tensors[place]
+            if id(tensor) not in present or not same_bits(tensor, cast):
+                yield conversion.names[place]
 
 
 def _new_gradients(
@@ -80,13 +82,8 @@ def _new_gradients(
             if id(grad) in known or id(grad) in present:
                 continue
             known.add(id(grad))
-            yield Conversion(
-                (f"{name}.grad",),
-                owners=(name,),
-                tensors=(grad,),
-                from_dtype=conversion.to_dtype,
-                to_dtype=conversion.from_dtype,
-                is_weight=False,
+            yield Conversion.of_one_storage(
+                (f"{name}.grad",), (grad,), conversion.from_dtype, owners=(name,)
             ).exchange()
 
 
@@ -97,10 +94,4 @@ def _reverse(conversion: Conversion, originals: tuple[torch.Tensor, ...]) -> Exc
         (tensor,), (original,) = conversion.tensors, originals
         return (merged(original, tensor, conversion.from_dtype),)
 
-    return Exchange(
-        conversion.names,
-        tensors=conversion.tensors,
-        make=make,
-        num_bytes=0,
-        can_finish=False,
-    )
+    return Exchange.at_once(conversion.names, conversion.tensors, make)

@@ -89,13 +89,7 @@ def replace_data(model: nn.Module, data: Mapping[str, torch.Tensor]) -> None:
     grads = [(tensor.grad, tensor.grad) for tensor, _ in known if tensor.grad is not None]
     wanted |= {id(grad): (grad, new) for grad, new in grads if grad.dtype != torch.float32}
     known_exchanges = [
-        Exchange(
-            ("a restored tensor",),
-            tensors=(tensor,),
-            make=partial(_copied, new),
-            num_bytes=new.numel() * torch.float32.itemsize,
-            can_finish=False,
-        )
+        Exchange.at_once(("a restored tensor",), (tensor,), partial(_copied, new))
         for tensor, new in wanted.values()
         if is_whole(tensor)
     ]
@@ -134,31 +128,14 @@ def _conversions(changes: Sequence[_Change]) -> Iterator[Conversion]:
             members = tuple(items[member] for member in group)
             names = tuple(member.names[0] for member in members)
             tensors = tuple(member.tensor for member in members)
-            yield _conversion(names, names, tensors, change.dtype)
+            yield Conversion.of_one_storage(names, tensors, change.dtype)
         grad, name = change.tensor.grad, change.item.names[0]
         if grad is not None and _is_known(grad) and grad.dtype != change.dtype:
-            yield _conversion((f"{name}.grad",), (name,), (grad,), change.dtype)
+            yield Conversion.of_one_storage((f"{name}.grad",), (grad,), change.dtype, (name,))
 
 
 def _is_known(grad: torch.Tensor) -> bool:
     return is_plain(grad) or is_distributed(grad)
-
-
-def _conversion(
-    names: tuple[str, ...],
-    owners: tuple[str, ...],
-    tensors: tuple[torch.Tensor, ...],
-    dtype: torch.dtype,
-) -> Conversion:
-    return Conversion(
-        names,
-        owners=owners,
-        tensors=tensors,
-        from_dtype=tensors[0].dtype,
-        to_dtype=dtype,
-        is_weight=names == owners,
-        is_one_storage=len(tensors) > 1,
-    )
 
 
 def _commit(

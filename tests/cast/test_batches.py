@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from functools import partial
 
 import attrs
 import pytest
@@ -11,12 +12,18 @@ import torch
 from torch import nn
 
 from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
-from automodel_fn.cast._batches import conversions_of
+from automodel_fn.cast._batches import batches_of, conversions_of
 from automodel_fn.cast._convert import converted_together
 from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._tensors import scan
 
 CONVERSION = {"aten::_to_copy"}
+
+
+def conversions(model, dtype=bf16):
+    found = scan(model).tensors
+    batches = batches_of(cast_plan(model, dtype).entries, found, groups=())
+    return conversions_of(batches, [item.tensor for item in found])
 
 
 class Refusing(torch.Tensor):
@@ -33,7 +40,7 @@ def test_tensors_that_may_refuse_are_not_converted_with_others(make_holder):
         b=torch.ones(2),
     )
 
-    made = conversions_of(cast_plan(model, bf16).entries, scan(model), groups=())
+    made = conversions(model)
 
     finishes = {name: c.exchange().can_finish for c in made for name in c.names}
     assert finishes == {"large": True, "a": True, "refusing": False, "b": True}
@@ -69,33 +76,29 @@ def test_undo_gives_each_its_own_original_where_some_become_wider(
 
 
 def test_what_cannot_be_finished_at_once_is_finished_in_parts():
-    tensors = [torch.full((2,), float(i)) for i in range(4)]
+    tensors = tuple(torch.full((2,), float(i)) for i in range(4))
     calls = []
 
-    def fails():
-        calls.append("whole")
-        raise MemoryError
+    def make(start, stop):
+        calls.append((start, stop))
+        if stop - start > 1:
+            raise MemoryError
+        return tuple(tensor.to(bf16) for tensor in tensors[start:stop])
 
-    def one(tensor):
-        def make():
-            return (tensor.to(bf16),)
-
-        return Exchange(("t",), tensors=(tensor,), make=make, num_bytes=4, can_finish=True)
-
-    first, *others = tensors
     whole = Exchange(
-        ("t1", "t2", "t3"),
-        tensors=tuple(others),
-        make=fails,
+        ("t0", "t1", "t2", "t3"),
+        tensors=tensors,
+        make=make,
+        ends=(1, 4),
         num_bytes=4,
         can_finish=True,
-        parts=lambda: tuple(map(one, others)),
+        is_divisible=True,
     )
 
     with pytest.raises(MemoryError):
-        exchange([one(first), whole])
+        exchange([whole])
 
-    assert calls == ["whole"]
+    assert calls == [(0, 1), (1, 4), (1, 2), (2, 3), (3, 4)]
     assert [tensor.dtype for tensor in tensors] == [bf16] * 4
     assert [tensor.tolist() for tensor in tensors] == [[float(i)] * 2 for i in range(4)]
 
@@ -110,13 +113,7 @@ def test_new_data_is_made_with_gradients_off_and_they_are_on_again_also_after_an
         return (torch.ones(1),)
 
     for error in (None, MemoryError()):
-        item = Exchange(
-            ("t",),
-            tensors=(torch.zeros(1),),
-            make=lambda error=error: make(error),
-            num_bytes=4,
-            can_finish=False,
-        )
+        item = Exchange.at_once(("t",), (torch.zeros(1),), partial(make, error))
         with pytest.raises(MemoryError) if error else nullcontext():
             exchange([item])
         assert torch.is_grad_enabled()

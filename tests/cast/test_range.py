@@ -19,7 +19,7 @@ from automodel_fn import (
     frozen_cast_plan,
 )
 from automodel_fn.cast import _range
-from automodel_fn.cast._batches import conversions_of
+from automodel_fn.cast._batches import batches_of, conversions_of
 from automodel_fn.cast._range import range_loss
 from automodel_fn.cast._tensors import scan
 
@@ -254,7 +254,9 @@ def test_a_count_that_never_works_is_a_partial_cast(make_holder, monkeypatch):
 
 
 def conversions(model):
-    return conversions_of(cast_plan(model, fp16).entries, scan(model), groups=())
+    found = scan(model).tensors
+    batches = batches_of(cast_plan(model, fp16).entries, found, groups=())
+    return conversions_of(batches, [item.tensor for item in found])
 
 
 def test_the_count_of_a_repeated_conversion_is_that_of_one(make_holder, at_operator):
@@ -270,9 +272,9 @@ def test_the_count_of_a_repeated_conversion_is_that_of_one(make_holder, at_opera
             mode = at_operator(n, interrupt)
             try:
                 with mode:
-                    item.make()
+                    item.make(0, len(item.names))
             except KeyboardInterrupt:
-                item.make()
+                item.make(0, len(item.names))
         assert [(loss.num_infinite, loss.num_zero) for loss in count.losses()] == [(1, 1)] * 3
         if mode.seen < n:
             return
