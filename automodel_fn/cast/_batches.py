@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import attrs
@@ -16,9 +16,11 @@ from automodel_fn.cast._convert import LARGE
 from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 
+_is_leaf, _grad = attrgetter("is_leaf"), attrgetter("grad")
+
 _MIN_STEPS = 64
 """Into how many steps a model of small tensors is divided at least."""
-_WINDOW = 256 << 20
+_WINDOW = 512 << 20
 """Bytes that a GPU's kernels are given at once, where earlier steps have freed as many."""
 
 
@@ -132,13 +134,13 @@ def conversions_of(
         optimizers: Those whose state is converted along.
     """
     weights = tuple(batch.conversion(tensors) for batch in batches)
-    if not optimizers and not any(_has_gradients(weight.tensors) for weight in weights):
+    if not optimizers and not any(_may_have_gradients(weight.tensors) for weight in weights):
         return weights
     return (*weights, *_of_belongings(weights, tensors, optimizers))
 
 
-def _has_gradients(tensors: Sequence[torch.Tensor]) -> bool:
-    return any(not tensor.is_leaf or tensor.grad is not None for tensor in tensors)
+def _may_have_gradients(tensors: Sequence[torch.Tensor]) -> bool:
+    return not all(map(_is_leaf, tensors)) or any(g is not None for g in map(_grad, tensors))
 
 
 def _of_belongings(
