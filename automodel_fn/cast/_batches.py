@@ -87,10 +87,11 @@ def batches_of(
     """
     planned = _planned(entries, tensors)
     grouped = {place: group for group in groups for place in group}
-    limit = _limit([entry.bytes_after for _, entry in planned])
+    sizes = [entry.bytes_after for _, entry in planned]
+    limit = _limit(sizes)
     gathered: defaultdict[Any, list[tuple[str, int, int]]] = defaultdict(list)
-    for place, entry in planned:
-        group, size, tensor = grouped.get(place), entry.bytes_after, tensors[place].tensor
+    for (place, entry), size in zip(planned, sizes, strict=True):
+        group, tensor = grouped.get(place), tensors[place].tensor
         if group is None:
             key = _key(tensor, entry.to_dtype, size)
             gathered[key].append((entry.names[0], place, size))

@@ -27,7 +27,11 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     if tensors[0].is_cuda and len(tensors) > 1:
         is_large = tensors[0].numel() * dtype.itemsize >= LARGE
         return converted_at_once(tensors, dtype) if is_large else converted_together(tensors, dtype)
-    return tuple(map(_TO_DTYPE.get(dtype) or methodcaller("to", dtype), tensors))
+    return tuple(map(_to(dtype), tensors))
+
+
+def _to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return _TO_DTYPE.get(dtype) or methodcaller("to", dtype)
 
 
 def converted_together(
@@ -50,23 +54,21 @@ def converted_at_once(
 
     The memory is that of the current stream, which waits for the other one at the end.
     """
-    made = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
     device = tensors[0].device
     current, other = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    there = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors[1::2]]
     other.wait_stream(current)
     try:
         with torch.cuda.stream(other):
-            _copy_each(made[1::2], tensors[1::2])
-        _copy_each(made[::2], tensors[::2])
+            for new, tensor in zip(there, tensors[1::2], strict=True):
+                new.copy_(tensor)
+        here = [*map(_to(dtype), tensors[::2])]
     finally:
         # Also after an error: what was begun still writes to memory that is free again then.
         current.wait_stream(other)
-    return made
-
-
-def _copy_each(to: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...]) -> None:
-    for new, tensor in zip(to, tensors, strict=True):
-        new.copy_(tensor)
+    made = [*here, *there]
+    made[::2], made[1::2] = here, there
+    return tuple(made)
 
 
 def converted_views(

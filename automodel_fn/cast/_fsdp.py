@@ -68,11 +68,6 @@ def copied_without_fsdp(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def is_fsdp(kind: type[nn.Module]) -> bool:
-    """Whether `fully_shard` has put its own class before a module's."""
-    return issubclass(kind, FSDPModule)
-
-
 def fsdp_groups(modules: Iterable[nn.Module]) -> tuple[FSDPGroup, ...]:
     """The groups of all modules that `fully_shard` was given, each once.
 
@@ -81,7 +76,8 @@ def fsdp_groups(modules: Iterable[nn.Module]) -> tuple[FSDPGroup, ...]:
     """
     found: dict[int, FSDPGroup] = {}
     held = tuple(modules)
-    for module in held if any(map(is_fsdp, set(map(type, held)))) else ():
+    kinds = {kind for kind in set(map(type, held)) if issubclass(kind, FSDPModule)}
+    for module in held if kinds else ():
         if not isinstance(module, FSDPModule):
             continue
         state = module._get_fsdp_state()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from automodel_fn.cast._entries import KEEP, TensorCast
-from automodel_fn.cast._fsdp import FSDPGroup, fsdp_groups
+from automodel_fn.cast._fsdp import FSDPGroup
 from automodel_fn.cast._tensors import ModelScan
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError, itemized
@@ -70,7 +70,7 @@ def left_to_fsdp(model_scan: ModelScan) -> dict[int, str]:
     """By the id of each parameter that FSDP2 has sharded: why a frozen cast leaves it."""
     return {
         id(parameter): f"left to FSDP2, which has sharded it and computes in {_compute(group)}"
-        for group in _groups(model_scan)
+        for group in model_scan.fsdp_groups
         for parameter in group.parameters
     }
 
@@ -84,7 +84,7 @@ def in_fp32_units(model_scan: ModelScan, dtype: torch.dtype | None) -> frozenset
     """The modules in units that FSDP2 gives float32 and whose output it brings to `dtype`."""
     return frozenset(
         inner
-        for group in _groups(model_scan)
+        for group in model_scan.fsdp_groups
         if group.policy.param_dtype == torch.float32
         and group.policy.output_dtype == dtype
         and group.policy.cast_forward_inputs
@@ -93,13 +93,9 @@ def in_fp32_units(model_scan: ModelScan, dtype: torch.dtype | None) -> frozenset
     )
 
 
-def _groups(model_scan: ModelScan) -> tuple[FSDPGroup, ...]:
-    return fsdp_groups(module for _, _, module in model_scan.modules)
-
-
 def _members(model_scan: ModelScan, entries: Sequence[TensorCast]) -> Iterator[_Member]:
     """The entries of parameters that FSDP2 has sharded, each with its group."""
-    groups = _groups(model_scan)
+    groups = model_scan.fsdp_groups
     if not groups:
         return
     by_name = {entry.name: entry for entry in entries}

@@ -19,7 +19,6 @@ from torch import nn
 from automodel_fn.cast._batches import Batch, picked
 from automodel_fn.cast._dtensors import is_plain
 from automodel_fn.cast._entries import TensorCast
-from automodel_fn.cast._fsdp import is_fsdp
 from automodel_fn.cast._tensors import ModelScan
 
 _HELD = {"_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"}
@@ -83,11 +82,12 @@ class Layout:
 def _is_ordinary(model_scan: ModelScan) -> bool:
     """Whether its tensors are plain, each with a storage of its own, and FSDP2 is not in it."""
     tensors = [item.tensor for item in model_scan.tensors]
+    one_of_each_type = {type(module): module for _, _, module in model_scan.modules}
     return (
         all(map(is_plain, tensors))
         and _have_own_storages(tensors)
-        and not any(map(is_fsdp, {type(module) for _, _, module in model_scan.modules}))
-        and all(vars(module).keys() >= _HELD for _, _, module in model_scan.modules)
+        and not model_scan.fsdp_groups
+        and all(vars(module).keys() >= _HELD for module in one_of_each_type.values())
     )
 
 

@@ -127,17 +127,17 @@ def _declarations(model_scan: ModelScan, match: str, dtype: torch.dtype) -> Iter
 def _keywords(
     module: nn.Module, match: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Iterable[str]]]:
-    kind = class_of(module).__name__
     if match == "hf" and hasattr(type(module), "_get_dtype_plan"):
         hf_model: Any = module
         plan: dict[str, torch.dtype] = hf_model._get_dtype_plan(dtype)
-        yield f"{kind}._get_dtype_plan", sorted(k for k, v in plan.items() if v == torch.float32)
+        source = f"{class_of(module).__name__}._get_dtype_plan"
+        yield source, sorted(k for k, v in plan.items() if v == torch.float32)
         return
     for attribute in (STRICT, PLAIN):
         # Not by getattr alone: wrappers pass attributes of what they wrap through.
         if not (attribute in vars(module) or hasattr(type(module), attribute)):
             continue
-        source = f"{kind}.{attribute}"
+        source = f"{class_of(module).__name__}.{attribute}"
         keywords = _checked_keywords(getattr(module, attribute), source)
         if match != "hf" or dtype in _HF_DTYPES[attribute]:
             yield source, keywords

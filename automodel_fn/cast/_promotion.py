@@ -23,6 +23,7 @@ from automodel_fn.cast._tensors import ModelScan
 from automodel_fn.cast._trials import (
     activations,
     is_small,
+    modules_of,
     output_dtypes,
     signature,
     takes_an_activation,
@@ -98,7 +99,7 @@ def boundary_owners(
             continue
         inside = {
             key: found[id(child)]
-            for key, child in owner.module.named_modules()
+            for key, child in modules_of(owner.module)
             if id(child) in found and key
         }
         if not (owner.owns_pins or inside):

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from automodel_fn.cast._fsdp import (
     Padded,
-    fsdp_groups,
     padded_data,
     put_back,
     refresh,
@@ -39,7 +38,7 @@ class Shards:
         self._tensors = tuple(item.tensor for item in sharded)
         self._names = {id(item.tensor): item.names[0] for item in sharded}
         self._modules = tuple(module for _, _, module in model_scan.modules) if sharded else ()
-        self._groups = fsdp_groups(self._modules)
+        self._groups = model_scan.fsdp_groups if sharded else ()
         self._padded: Padded = ()
         self._grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.are_any = bool(sharded)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from automodel_fn.cast._fsdp import fsdp_groups, shards_of_gathered
+from automodel_fn.cast._fsdp import FSDPGroup, fsdp_groups, shards_of_gathered
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.fqn import WRAPPER_SEGMENTS, joined
 
@@ -45,10 +45,12 @@ class ModelScan:
         tensors: Every tensor once.
         modules: (FQN without wrappers, raw FQN, module), every path, also of a module that is
             registered twice.
+        fsdp_groups: What FSDP2 gathers together.
     """
 
     tensors: tuple[NamedTensor, ...]
     modules: tuple[tuple[str, str, nn.Module], ...] = attrs.field(kw_only=True)
+    fsdp_groups: tuple[FSDPGroup, ...] = attrs.field(default=(), kw_only=True)
 
 
 def scan(model: nn.Module) -> ModelScan:
@@ -66,14 +68,15 @@ def scan(model: nn.Module) -> ModelScan:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"model={type(model).__name__} must be a torch.nn.Module.")
     modules = _walked(model)
-    found = _Found(shards_of_gathered(fsdp_groups(module for _, _, module in modules)))
+    groups = fsdp_groups(module for _, _, module in modules)
+    found = _Found(shards_of_gathered(groups))
     for name, raw_name, module in modules:
         if module._parameters:
             found.add(module._parameters, name, raw_name, PARAMETER)
         if module._buffers:
             found.add(module._buffers, name, raw_name, BUFFER, module._non_persistent_buffers_set)
     found.refuse_lazy()
-    return ModelScan(found.named_tensors(), modules=modules)
+    return ModelScan(found.named_tensors(), modules=modules, fsdp_groups=groups)
 
 
 class _Found:
