@@ -15,8 +15,9 @@ from automodel_fn.cast._bits import checksum as checksum_of
 from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, dry_run
 from automodel_fn.cast._dtensors import is_distributed, is_whole
-from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
+from automodel_fn.cast._exchange import Exchange, Originals, exchange
 from automodel_fn.cast._groups import refuse_mixed_groups
+from automodel_fn.cast._interrupts import interrupts_deferred
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport

@@ -32,7 +32,7 @@ class Layout:
     whether two places held the same one.
     """
 
-    __slots__ = ("_entries", "_kinds", "_modules", "_places", "_shape", "_traits", "batches")
+    __slots__ = ("_entries", "_kinds", "_places", "_references", "_shape", "_traits", "batches")
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Layout:
         flat, self._shape = _seen(modules)
         first = dict(zip(map(id, reversed(flat)), range(len(flat) - 1, -1, -1), strict=True))
         self._entries = entries
-        self._modules = [*map(weakref.ref, modules)]
+        self._references = [*map(weakref.ref, modules)]
         self._kinds = [*map(type, modules)]
         self._places = tuple(first[id(tensor)] for tensor in tensors)
         self._traits = _traits(tensors)
@@ -66,9 +66,9 @@ class Layout:
             model: The model.
             entries: The entries of the plan that is to be applied.
         """
-        if entries is not self._entries or self._modules[0]() is not model:
+        if entries is not self._entries or self._references[0]() is not model:
             return None
-        modules = [reference() for reference in self._modules]
+        modules = [reference() for reference in self._references]
         if [*map(type, modules)] != self._kinds:
             return None
         flat, shape = _seen(modules)

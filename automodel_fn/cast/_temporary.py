@@ -13,7 +13,8 @@ from automodel_fn.cast._batches import batches_of, conversions_of
 from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._conversions import Conversion, dry_run, each_with_data, gradient_of
 from automodel_fn.cast._convert import converted, converted_views, write
-from automodel_fn.cast._exchange import Exchange, Originals, exchange, interrupts_deferred
+from automodel_fn.cast._exchange import Exchange, Originals, exchange
+from automodel_fn.cast._interrupts import interrupts_deferred
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._sharded import Shards, together

@@ -17,7 +17,8 @@ from torch import nn
 
 from automodel_fn.cast._conversions import Conversion, dry_run
 from automodel_fn.cast._dtensors import is_distributed, is_plain, is_whole
-from automodel_fn.cast._exchange import Exchange, exchange, interrupts_deferred
+from automodel_fn.cast._exchange import Exchange, exchange
+from automodel_fn.cast._interrupts import interrupts_deferred
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._sharded import Shards, together
 from automodel_fn.cast._tensors import NamedTensor, scan
@@ -61,6 +62,9 @@ def retype(model: nn.Module, rule: Rule) -> None:
         for item, dtype in zip(items, wanted, strict=True)
         if dtype is not None and dtype != item.tensor.dtype
     ]
+    for dtype in {change.dtype for change in changes}:
+        # What no tensor can be is an error of PyTorch's, and one before anything is done.
+        torch.empty(0, device="meta").to(dtype)
     known = [change for change in changes if is_whole(change.tensor)]
     special = [change for change in changes if not is_whole(change.tensor)]
     with together(model_scan) as shards:
