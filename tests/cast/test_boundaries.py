@@ -165,6 +165,15 @@ def test_what_comes_in_decides_what_goes_out(given, returned):
         assert model(torch.randn(2, 4).to(given)).dtype == returned
 
 
+def test_the_activation_is_what_the_forward_names_first_in_whatever_order_it_is_given():
+    model, plan = pinned(Promoting())
+    apply(plan)
+
+    with fp32_boundaries(model, plan):
+        assert model[0](shift=torch.ones(4), x=activation(2, 4)).dtype == bf16
+        assert model[0](shift=activation(2, 4), x=torch.ones(4)).dtype == fp32
+
+
 def test_keywords_and_nested_outputs_pass_through():
     model, plan = pinned(Promoting())
     apply(plan)
