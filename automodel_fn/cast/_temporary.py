@@ -103,10 +103,11 @@ def _bring_back(
             now = scan(model)
         except ConfigError:
             # What came inside cannot be cast; what was there before comes back nevertheless.
-            exchange(back, Shards(model_scan), must_finish=True)
+            exchange(back, Shards(model_scan, is_way_back=True), must_finish=True)
             raise
         handled = {id(tensor) for conversion in conversions for tensor in conversion.tensors}
-        exchange([*back, *_latecomers(now, targets, handled)], Shards(now), must_finish=True)
+        back += _latecomers(now, targets, handled)
+        exchange(back, Shards(now, is_way_back=True), must_finish=True)
 
 
 def _returns(
