@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -353,7 +354,7 @@ def claim_a_temporary_cast_that_ends_in_the_middle_of_a_step_brings_every_bit_ba
         model(inputs(bf16)).sum().backward()
         model.set_requires_gradient_sync(True)
 
-    def end(model, step):
+    def end(model, step, held):
         with temporary_cast(model, bf16):
             held.append(step(model))
 
@@ -362,7 +363,7 @@ def claim_a_temporary_cast_that_ends_in_the_middle_of_a_step_brings_every_bit_ba
         optimizer = adamw(model)
         before = State(model, optimizer)
         holding = ("layers.0.norm.weight", "They are back as they were", "clear its gradients")
-        raised(ConfigError, lambda: end(model, step), holding=holding)
+        raised(ConfigError, partial(end, model, step, held), holding=holding)
         held.clear()
         optimizer.zero_grad()
         State(model, optimizer).assert_is(before)
