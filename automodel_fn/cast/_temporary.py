@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,9 @@ from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._sharded import Shards, together
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.dtypes import CASTABLE, parse_castable
-from automodel_fn.errors import ConfigError
+from automodel_fn.errors import ConfigError, itemized
+
+_logger = logging.getLogger("automodel_fn")
 
 
 @contextmanager
@@ -38,7 +41,8 @@ def temporary_cast(
         model: The model.
         dtype: The dtype inside: bf16, fp16 or fp32.
         then: Afterwards give the tensors the dtypes of `cast_plan(model, then)` instead, made from
-            what was there before and from the edits; its fp32 pins are exact.
+            what was there before and from the edits; its fp32 pins are exact. Its notes are
+            logged, as `apply` does.
 
     Yields:
         The same model.
@@ -59,12 +63,12 @@ def temporary_cast(
     inside = parse_castable(dtype)
     plan = uniform_plan(model, inside)
     model_scan = scan(model)
-    entries = plan.entries if then is None else cast_plan(model, then).entries
-    targets = {
-        name: entry.from_dtype if then is None else entry.to_dtype
-        for entry in entries
-        for name in entry.names
-    }
+    targets = {name: entry.from_dtype for entry in plan.entries for name in entry.names}
+    if then is not None:
+        afterwards = cast_plan(model, then)
+        targets = {name: entry.to_dtype for entry in afterwards.entries for name in entry.names}
+        if afterwards.notes:
+            _logger.warning(itemized("the cast plan has notes:", afterwards.notes))
     conversions: tuple[Conversion, ...] = ()
     originals: Originals | None = None
     is_over = False

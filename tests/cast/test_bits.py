@@ -188,3 +188,19 @@ def test_merging_an_unedited_sparse_cast_brings_every_bit_back(special, same_bit
 
     assert same_bits(back._values(), original._values())
     assert torch.equal(edited._values(), torch.ones(3, 2))
+
+
+def test_a_checksum_sees_where_an_element_is_across_pieces(monkeypatch):
+    monkeypatch.setattr("automodel_fn.cast._bits._CHUNK", 4)
+    values = torch.arange(12.0)
+
+    assert checksum(values) != checksum(values.roll(4))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_checksum_sees_the_highest_bit_of_every_element(place):
+    zeros = torch.zeros(4, dtype=torch.float64)
+    negated = zeros.clone()
+    negated[place] = -0.0
+
+    assert checksum(zeros) != checksum(negated)

@@ -101,6 +101,15 @@ def test_tensors_that_share_a_storage_are_decided_together(zoo, entry_of, name, 
     assert all(f"{argument}={name!r}" in entry.reason for entry in entries)
 
 
+def test_of_tensors_that_share_a_storage_skip_is_stronger_than_a_pin(make_holder, actions_of):
+    flat = torch.ones(4, dtype=bf16)
+    model = make_holder(left=nn.Parameter(flat[:2]), right=nn.Parameter(flat[2:]))
+
+    plan = cast_plan(model, fp16, keep_fp32="left", skip="right")
+
+    assert actions_of(plan) == {"left": "skip", "right": "skip"}
+
+
 def test_tensors_that_share_a_storage_are_a_note(zoo):
     assert "left, right share one storage and are cast together" in cast_plan(zoo, bf16).notes
 

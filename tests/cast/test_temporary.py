@@ -270,3 +270,24 @@ def test_a_module_that_is_not_initialized_put_in_inside_keeps_nothing_from_comin
 
     del model["late"]
     assert state_of(model).differences(before) == []
+
+
+def test_the_notes_of_the_plan_afterwards_are_logged_once(caplog):
+    model = make()
+    model._keep_in_fp32_modules = ["nothing_of_this_name"]
+
+    with temporary_cast(model, fp16), temporary_cast(model, fp32, then=bf16):
+        pass
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "keyword 'nothing_of_this_name'" in record.getMessage()
+
+
+def test_an_expanded_tensor_takes_no_more_memory_afterwards(make_holder, special):
+    model = make_holder(wide=nn.Parameter(special(1, 5).expand(3, 5)))
+
+    with temporary_cast(model, bf16):
+        pass
+
+    assert model.wide.stride() == (0, 1)
