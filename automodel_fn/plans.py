@@ -99,7 +99,9 @@ def apply(
     Raises:
         StalePlanError: The model is no longer the one that was planned for; every difference is
             listed and nothing was changed.
-        ConfigError: There is no model: the plan came from JSON, or its model is gone.
+        ConfigError: There is no model: the plan came from JSON, or its model is gone. Or a wrapper
+            around its parameters could not go on with them: FSDP2 with a group of several dtypes,
+            or DDP or FSDP1 at all.
         PartialCastError: An interrupted cast could be neither finished nor rolled back.
         OtherRankError: It failed on another rank of a sharded model, and was rolled back on this.
 

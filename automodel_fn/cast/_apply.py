@@ -16,7 +16,7 @@ from automodel_fn.cast._compare import findings
 from automodel_fn.cast._conversions import Conversion, dry_run
 from automodel_fn.cast._dtensors import is_distributed, is_whole
 from automodel_fn.cast._exchange import Exchange, Originals, exchange
-from automodel_fn.cast._groups import refuse_mixed_groups
+from automodel_fn.cast._groups import refuse_unfit_wrappers
 from automodel_fn.cast._interrupts import interrupts_deferred
 from automodel_fn.cast._plan import CastPlan, WeakObjects
 from automodel_fn.cast._range import RangeCount, range_note
@@ -82,7 +82,7 @@ def _fitting(plan: CastPlan, model_scan: ModelScan) -> tuple[Batch, ...]:
     """How the plan's casts are made in a model that it has to be compared with first."""
     groups = storage_groups(model_scan.tensors)
     refuse_stale(plan, model_scan, groups)
-    refuse_mixed_groups(model_scan, plan.entries)
+    refuse_unfit_wrappers(model_scan, plan.entries)
     return batches_of(plan.entries, model_scan.tensors, groups)
 
 

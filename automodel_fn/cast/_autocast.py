@@ -6,7 +6,6 @@ device; so the copies have tensors that say they are on the CPU and hold a meta 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from automodel_fn.cast._promotion import PinOwner
-from automodel_fn.cast._trials import activations, takes_an_activation, tensors_of, twin
+from automodel_fn.cast._trials import (
+    activations,
+    takes_an_activation,
+    tensors_of,
+    twin,
+    without_traces,
+)
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.fqn import joined
 
@@ -71,12 +76,10 @@ def _rounded(
     watch = _WatchRounding()
     try:
         with (
-            torch.no_grad(),
+            without_traces(),
             torch.autocast("cpu", dtype=dtype, enabled=autocast, cache_enabled=False),
             watch,
-            warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")
             type(trial).forward(trial, activation)
     except Exception:  # noqa: BLE001 - user code on a guessed input: any failure means "cannot say"
         return None

@@ -16,6 +16,8 @@ from automodel_fn.cast._convert import LARGE
 from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 
+_COUNTERS = {"step", "mu_product", "eta", "mu"}
+"""State of PyTorch's optimizers that is a scalar whatever the parameter, and float32."""
 _is_leaf, _grad = attrgetter("is_leaf"), attrgetter("grad")
 
 _MIN_STEPS = 64
@@ -185,7 +187,7 @@ def _belongings(
     for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
             is_alike = isinstance(value, torch.Tensor) and value.shape == tensor.shape
-            if is_alike and key != "step" and value.dtype == dtype:
+            if is_alike and key not in _COUNTERS and value.dtype == dtype:
                 yield f"{name} ({key})", value
 
 
@@ -207,7 +209,8 @@ def _planned(
 
 def _key(tensor: torch.Tensor, to_dtype: torch.dtype, size: int) -> tuple[Any, ...]:
     """What tensors have in common that are converted together."""
-    return type(tensor), to_dtype, tensor.dtype, tensor.device, size >= LARGE
+    kind = type(tensor), tensor.layout
+    return kind, to_dtype, tensor.dtype, tensor.device, size >= LARGE
 
 
 def _limit(sizes: Sequence[int]) -> int:

@@ -15,16 +15,19 @@ _INCREMENT = 0x1405_7B7E_F767_814F
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory read as integers, so that NaN equals NaN and -0.0 differs from 0.0.
 
+    A view: but where PyTorch conjugates or negates on reading, the values, in memory of their own.
+
     Example:
         >>> bits(torch.tensor([0.0, -0.0])).tolist()
         [0, -2147483648]
     """
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     size = tensor.dtype.itemsize
     if size not in _INTEGERS:
         raise AssertionError(f"no integer of {size} bytes")
-    return tensor.detach().view(_INTEGERS[size])
+    return tensor.view(_INTEGERS[size])
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -34,9 +37,12 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         >>> same_bits(torch.tensor(float("nan")), torch.tensor(float("nan")))
         True
     """
-    if left.shape != right.shape or left.dtype != right.dtype:
+    if any(getattr(left, what) != getattr(right, what) for what in ("shape", "dtype", "layout")):
         return False
     left, right = local(left), local(right)
+    if left.layout is torch.sparse_coo:  # a gradient of an embedding
+        pairs = (left._indices(), right._indices()), (left._values(), right._values())
+        return all(same_bits(*pair) for pair in pairs)
     return left.is_meta or torch.equal(bits(left), bits(right))
 
 
@@ -72,6 +78,8 @@ def merged(
         return on_shards(lambda c, o, *u: merged(o, c, dtype, *u), current, original, *rest)
     if unedited is None or unedited.dtype != current.dtype:
         unedited = original.to(current.dtype)
+    if current.layout is not torch.strided:
+        return (original if same_bits(unedited, current) else current).to(dtype)
     return torch.where(bits(unedited) == bits(current), original.to(dtype), current.to(dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import attrs
@@ -61,11 +62,16 @@ def findings(
         return tuple(torn)
     holders = {name: item for item in model_scan.tensors for name in item.names}
     found = [f for entry in entries for f in _differences(entry, holders, dtype_of(entry))]
-    planned = {name for entry in entries for name in entry.names}
+    planned = Counter(name for entry in entries for name in entry.names)
+    found += [
+        Finding(name, what="names", expected="in one entry", found=f"in {count}")
+        for name, count in planned.items()
+        if count > 1
+    ]
     found += [
         Finding(item.names[0], what="presence", expected="absent", found="a tensor")
         for item in model_scan.tensors
-        if not planned.intersection(item.names)
+        if planned.keys().isdisjoint(item.names)
     ]
     return (*found, *torn)
 

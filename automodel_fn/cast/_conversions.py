@@ -65,16 +65,14 @@ class Conversion:
             to_dtype: Their dtype afterwards.
             owners: The weights that they belong to; None if they are weights themselves.
         """
-        from_dtype = tensors[0].dtype
-        size = sum(tensor.nbytes for tensor in tensors)
         return cls(
             names,
             owners=owners or names,
             tensors=tensors,
-            from_dtype=from_dtype,
+            from_dtype=tensors[0].dtype,
             to_dtype=to_dtype,
             ends=(len(tensors),),
-            num_bytes=size // from_dtype.itemsize * to_dtype.itemsize,
+            num_bytes=sum(tensor.numel() for tensor in tensors) * to_dtype.itemsize,
             is_weight=owners is None,
             is_one_storage=len(tensors) > 1,
         )

@@ -24,7 +24,7 @@ def converted(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[to
     """Each tensor in `dtype`, in a storage of its own; gradients are off, or it needs none."""
     if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
         return tuple(tensor.detach().to(dtype) for tensor in tensors)
-    if tensors[0].is_cuda and len(tensors) > 1:
+    if tensors[0].is_cuda and len(tensors) > 1 and tensors[0].layout is torch.strided:
         is_large = tensors[0].numel() * dtype.itemsize >= LARGE
         return converted_at_once(tensors, dtype) if is_large else converted_together(tensors, dtype)
     return tuple(map(_to(dtype), tensors))
@@ -80,9 +80,12 @@ def converted_views(
         return tuple(map(rewrapped, tensors, made))
     start = min(tensor.storage_offset() for tensor in tensors)
     end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
-    flat = tensors[0].detach().as_strided((end - start,), (1,), start).to(dtype)
+    flat = _negated_like(tensors[0], tensors[0].detach()).as_strided((end - start,), (1,), start)
+    flat = flat.to(dtype)
     views = tuple(
-        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
+        _negated_like(
+            tensor, flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
+        )
         for tensor in tensors
     )
     for tensor, view in zip(tensors, views, strict=True):
@@ -90,6 +93,11 @@ def converted_views(
         if not tensor.is_contiguous():
             write(view, tensor.detach().to(dtype))
     return views
+
+
+def _negated_like(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """`view`, negated on reading if `tensor` is, as the imaginary part of a conjugate; or back."""
+    return torch._neg_view(view) if tensor.is_neg() else view  # pyright: ignore[reportPrivateImportUsage] - a public operator without a public name
 
 
 def write(view: torch.Tensor, values: torch.Tensor) -> None:

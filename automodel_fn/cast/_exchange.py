@@ -100,8 +100,9 @@ def exchange(
     order = sorted(range(len(exchanges)), key=lambda i: exchanges[i].can_finish)
     keeps = keep_originals or (shards is not None and shards.are_any)
     run = _Run([exchanges[i] for i in order], keeps, must_finish)
-    # Once for all, and where no interrupt can leave gradients off.
-    with interrupts_deferred() as check_interrupt, torch.no_grad():
+    # Once for all, and where no interrupt can leave gradients off. What is made in inference mode
+    # could never be trained.
+    with interrupts_deferred() as check_interrupt, torch.inference_mode(False), torch.no_grad():
         run.reserve()
         if shards is not None:
             shards.begin(tensor for item in exchanges for tensor in item.tensors)

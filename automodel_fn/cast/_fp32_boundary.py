@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +64,13 @@ class Fp32Boundary:
         self.compute_dtype = owner.compute_dtype
         self.owns_pins = owner.owns_pins
         self.inner = inner
+        self.order = _parameter_names(inner or type(owner.module).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward."""
-        incoming = _float_dtype((args, kwargs))
+        # Keywords may come in any order; what a forward names first is its activation.
+        named = [kwargs[name] for name in self.order if name in kwargs]
+        incoming = _float_dtype((args, named, kwargs))
         forward = self.inner or type(self.module).forward.__get__(self.module)
         if self.owns_pins:
             with _without_autocast(self.module, (args, kwargs)):
@@ -76,6 +80,13 @@ class Fp32Boundary:
         if incoming is None and isinstance(self.module, nn.Embedding | nn.EmbeddingBag):
             incoming = self.compute_dtype
         return output if incoming not in _NARROW else _back(output, incoming)
+
+
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):  # of a builtin
+        return ()
 
 
 def _without_autocast(module: nn.Module, values: Any) -> contextlib.AbstractContextManager[Any]:

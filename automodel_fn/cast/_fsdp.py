@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from automodel_fn.errors import BackendUnavailableError, ConfigError, itemized
+from automodel_fn.errors import BackendUnavailableError, ConfigError
 
 _OF_A_STATE = ("_fsdp_param_groups",)
 _OF_A_GROUP = (
@@ -128,29 +128,19 @@ def shards_of_gathered(groups: Iterable[FSDPGroup]) -> dict[int, torch.Tensor]:
     }
 
 
-def refuse_unfinished(groups: Iterable[FSDPGroup], name_of: Callable[[torch.Tensor], str]) -> None:
-    """Raise if a forward waits for its backward, or gradients to be reduced.
+def unfinished(
+    groups: Iterable[FSDPGroup], name_of: Callable[[torch.Tensor], str]
+) -> tuple[str, ...]:
+    """Parameters of which a forward waits for its backward, or gradients to be reduced.
 
     Both are held in gathered parameters of the old dtype, which a cast has to let go.
-
-    Raises:
-        ConfigError: Nothing was changed.
     """
-    waiting = [
+    return tuple(
         f"{name_of(parameter.sharded_param)}: {found}"
         for group in groups
         for parameter in group.record.fsdp_params
         if (found := _unfinished(group.record, parameter)) is not None
-    ]
-    if waiting:
-        raise ConfigError(
-            itemized(
-                f"{len(waiting)} sharded parameters are in the middle of a step:",
-                waiting,
-                "Nothing was changed. Cast before a forward or after its backward, and after the "
-                "last microbatch of a step; drop the loss of a forward that gets no backward.",
-            )
-        )
+    )
 
 
 def _unfinished(group: Any, parameter: Any) -> str | None:

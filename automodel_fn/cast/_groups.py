@@ -1,12 +1,15 @@
-"""What FSDP2's groups and policies mean for a plan; found while planning, not at a forward."""
+"""What FSDP and DDP mean for a plan; found while planning, not at a forward."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from automodel_fn.cast._entries import KEEP, TensorCast
 from automodel_fn.cast._fsdp import FSDPGroup
@@ -17,7 +20,17 @@ from automodel_fn.errors import ConfigError, itemized
 _Member = tuple[TensorCast, FSDPGroup]
 
 
-def refuse_mixed_groups(model_scan: ModelScan, entries: Sequence[TensorCast]) -> None:
+def refuse_unfit_wrappers(model_scan: ModelScan, entries: Sequence[TensorCast]) -> None:
+    """Raise if a wrapper around parameters could not go on once they are cast.
+
+    Raises:
+        ConfigError: As `refuse_mixed_dtypes`, and if DDP or FSDP1 would lose hold of parameters.
+    """
+    refuse_wrapped(model_scan, entries)
+    refuse_mixed_dtypes(model_scan, entries)
+
+
+def refuse_mixed_dtypes(model_scan: ModelScan, entries: Sequence[TensorCast]) -> None:
     """Raise if trainable parameters that FSDP2 gathers together would have several dtypes.
 
     Raises:
@@ -43,6 +56,53 @@ def refuse_mixed_groups(model_scan: ModelScan, entries: Sequence[TensorCast]) ->
                 "fp32 pins units of their own; plan.fsdp_units() lists them.",
             )
         )
+
+
+def refuse_wrapped(model_scan: ModelScan, entries: Sequence[TensorCast]) -> None:
+    """Raise if a wrapper of DDP or FSDP1 would lose hold of parameters.
+
+    DDP hooks its reduction to what PyTorch makes anew when a parameter's dtype changes: the ranks
+    would train apart from then on, without an error. FSDP1 has the parameters in a flat one, and
+    would write it over them.
+
+    Raises:
+        ConfigError: With every such wrapper.
+    """
+    changing = {name for entry in entries if entry.changes for name in entry.names}
+    wrapped = [
+        f"{name!r} ({type(module).__name__}): {len(held)} parameters, as {held[0]!r}"
+        for name, _, module in model_scan.modules
+        if holds_parameters(module)
+        if (held := [n for n in _held_by(module, model_scan) if n in changing])
+    ]
+    if wrapped:
+        raise ConfigError(
+            itemized(
+                f"{len(wrapped)} wrappers hold parameters that are to be cast, and would no longer "
+                "reduce their gradients:",
+                wrapped,
+                "Nothing was changed. Cast the model first, then wrap it; or cast what is in the "
+                "wrapper (its .module), and wrap that anew.",
+            )
+        )
+
+
+def holds_parameters(module: nn.Module) -> bool:
+    """Whether it is a wrapper of DDP or FSDP1."""
+    return isinstance(module, DistributedDataParallel | FullyShardedDataParallel)
+
+
+def _held_by(module: nn.Module, model_scan: ModelScan) -> list[str]:
+    if isinstance(module, FullyShardedDataParallel):
+        held = set(map(id, module.parameters()))
+    elif not hasattr(module, "reducer"):
+        return []  # holds nothing: all is frozen, or it was never initialized
+    else:
+        given: Any = module.parameters_to_ignore
+        ignored = {f"module.{name}" for name in given}
+        named = module.named_parameters()
+        held = {id(p) for name, p in named if p.requires_grad and name not in ignored}
+    return [item.names[0] for item in model_scan.tensors if id(item.tensor) in held]
 
 
 def _outline(dtypes: dict[torch.dtype, list[str]]) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 from automodel_fn.cast._batches import Batch, picked
 from automodel_fn.cast._dtensors import is_plain
 from automodel_fn.cast._entries import TensorCast
+from automodel_fn.cast._groups import holds_parameters
 from automodel_fn.cast._tensors import ModelScan
 
 _HELD = {"_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"}
@@ -80,13 +81,14 @@ class Layout:
 
 
 def _is_ordinary(model_scan: ModelScan) -> bool:
-    """Whether its tensors are plain, each with a storage of its own, and FSDP2 is not in it."""
+    """Whether its tensors are plain, each with a storage of its own, and no wrapper holds any."""
     tensors = [item.tensor for item in model_scan.tensors]
     one_of_each_type = {type(module): module for _, _, module in model_scan.modules}
     return (
         all(map(is_plain, tensors))
         and _have_own_storages(tensors)
         and not model_scan.fsdp_groups
+        and not any(map(holds_parameters, one_of_each_type.values()))
         and all(vars(module).keys() >= _HELD for module in one_of_each_type.values())
     )
 

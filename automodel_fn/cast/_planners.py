@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from automodel_fn.cast._groups import (
     compute_notes,
     in_fp32_units,
     left_to_fsdp,
-    refuse_mixed_groups,
+    refuse_mixed_dtypes,
+    refuse_wrapped,
 )
 from automodel_fn.cast._layout import Layout
 from automodel_fn.cast._pins import Pins, declared_pins
@@ -89,6 +91,7 @@ def cast_plan(
         1.bias keep fp32 pin: keep_fp32='1'
     """
     target = parse_castable(dtype)
+    given = _checked_optimizers(optimizers)
     model_scan = scan(model)
     left = selected(model_scan, skip, "skip")
     asked = selected(model_scan, keep_fp32, "keep_fp32")
@@ -104,7 +107,7 @@ def cast_plan(
         return _pinned_or(item, index, pins, lambda: cast_rule(item, target, buffers))
 
     _check_buffers(buffers)
-    return _plan(model, model_scan, rule, target, pins, optimizers)
+    return _plan(model, model_scan, rule, target, pins, given)
 
 
 def frozen_cast_plan(
@@ -167,7 +170,9 @@ def frozen_cast_plan(
 def uniform_plan(model: nn.Module, dtype: torch.dtype) -> CastPlan:
     """Every castable tensor to `dtype`, pins and all buffers included; for a cast that ends."""
     model_scan = scan(model)
-    return _plan(model, model_scan, lambda _, item: cast_rule(item, dtype, "all"), dtype)
+    plan = _plan(model, model_scan, lambda _, item: cast_rule(item, dtype, "all"), dtype)
+    refuse_wrapped(model_scan, plan.entries)
+    return plan
 
 
 def _pinned_or(
@@ -195,6 +200,18 @@ def _check_buffers(buffers: str) -> None:
         raise ConfigError(f"buffers={buffers!r} must be one of {', '.join(map(repr, BUFFERS))}.")
 
 
+def _checked_optimizers(optimizers: object) -> tuple[Optimizer, ...]:
+    given: tuple[Any, ...] = tuple(optimizers) if isinstance(optimizers, Iterable) else ()
+    wrong = [item for item in given if not isinstance(item, Optimizer)]
+    if wrong or not isinstance(optimizers, Iterable):
+        found = type(wrong[0] if wrong else optimizers).__name__
+        raise ConfigError(
+            f"optimizers={found} must be several torch.optim.Optimizer, as in "
+            "optimizers=[optimizer]."
+        )
+    return given
+
+
 def _plan(
     model: nn.Module,
     model_scan: ModelScan,
@@ -205,7 +222,7 @@ def _plan(
 ) -> CastPlan:
     groups = storage_groups(model_scan.tensors)
     entries, shared = decide(model_scan.tensors, groups, rule)
-    refuse_mixed_groups(model_scan, entries)
+    refuse_mixed_dtypes(model_scan, entries)
     owners = pin_owners(model_scan, entries)
     needed = boundary_owners(owners, dtype, in_fp32_units(model_scan, dtype))
     boundaries = tuple(owner.note() for owner in needed)

@@ -20,8 +20,8 @@ from automodel_fn.cast._fsdp import (
     padded_data,
     put_back,
     refresh,
-    refuse_unfinished,
     reshard,
+    unfinished,
 )
 from automodel_fn.cast._tensors import ModelScan
 from automodel_fn.errors import ConfigError, OtherRankError, itemized
@@ -30,10 +30,21 @@ _TRIES = 64
 
 
 class Shards:
-    """The sharded side of one exchange. In a model without DTensors it does nothing."""
+    """The sharded side of one exchange. In a model without DTensors it does nothing.
 
-    def __init__(self, model_scan: ModelScan, vote: Vote | None = None) -> None:
+    Args:
+        model_scan: The model.
+        vote: That of all ranks on whether the exchange stands; None where each is on its own.
+        is_way_back: Whether the tensors get back what they had: that is done first, and only then
+            said what is amiss.
+    """
+
+    def __init__(
+        self, model_scan: ModelScan, vote: Vote | None = None, *, is_way_back: bool = False
+    ) -> None:
         self._vote = vote
+        self._is_way_back = is_way_back
+        self._cut_off: tuple[str, ...] = ()
         sharded = [item for item in model_scan.tensors if isinstance(item.tensor, DTensor)]
         self._tensors = tuple(item.tensor for item in sharded)
         self._names = {id(item.tensor): item.names[0] for item in sharded}
@@ -53,7 +64,19 @@ class Shards:
             return
         sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
         self._refuse_watched(sharded)
-        refuse_unfinished(self._groups, self._name_of)
+        waiting = unfinished(self._groups, self._name_of)
+        if self._is_way_back:
+            self._cut_off = waiting
+        elif waiting:
+            raise ConfigError(
+                itemized(
+                    f"{len(waiting)} sharded parameters are in the middle of a step:",
+                    waiting,
+                    "Nothing was changed. Cast before a forward or after its backward, and after "
+                    "the last microbatch of a step; drop the loss of a forward that gets no "
+                    "backward.",
+                )
+            )
         reshard(self._modules)
         self._padded = padded_data(self._groups)
         changing = {id(tensor) for tensor in sharded}
@@ -74,7 +97,17 @@ class Shards:
 
         Raises:
             OtherRankError: Another rank did not; the exchange has to be rolled back.
+            ConfigError: On a way back: it stands, but what waited is cut off.
         """
+        if self._cut_off:
+            raise ConfigError(
+                itemized(
+                    f"{len(self._cut_off)} sharded parameters were in the middle of a step:",
+                    self._cut_off,
+                    "They are back as they were, and the step is lost. Drop its loss and clear its "
+                    "gradients; run the backward of a forward inside of the block.",
+                )
+            )
         if self._vote is not None and not self._vote.hear(True):
             raise OtherRankError(
                 "the cast failed on another rank, so it was rolled back on this one: the model is "

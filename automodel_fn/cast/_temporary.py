@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +19,11 @@ from automodel_fn.cast._interrupts import interrupts_deferred
 from automodel_fn.cast._planners import cast_plan, uniform_plan
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._sharded import Shards, together
-from automodel_fn.cast._tensors import scan
+from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.dtypes import CASTABLE, parse_castable
+from automodel_fn.errors import ConfigError, itemized
+
+_logger = logging.getLogger("automodel_fn")
 
 
 @contextmanager
@@ -38,13 +42,16 @@ def temporary_cast(
         model: The model.
         dtype: The dtype inside: bf16, fp16 or fp32.
         then: Afterwards give the tensors the dtypes of `cast_plan(model, then)` instead, made from
-            what was there before and from the edits; its fp32 pins are exact.
+            what was there before and from the edits; its fp32 pins are exact. Its notes are
+            logged, as `apply` does.
 
     Yields:
         The same model.
 
     Raises:
-        ConfigError: A dtype that tensors are not cast to.
+        ConfigError: A dtype that tensors are not cast to, or parameters that DDP or FSDP1 holds.
+            Or, once everything else is back, parameters that were put into the model inside and
+            are not initialized.
 
     Example:
         >>> from automodel_fn import bf16, fp32
@@ -57,12 +64,12 @@ def temporary_cast(
     inside = parse_castable(dtype)
     plan = uniform_plan(model, inside)
     model_scan = scan(model)
-    entries = plan.entries if then is None else cast_plan(model, then).entries
-    targets = {
-        name: entry.from_dtype if then is None else entry.to_dtype
-        for entry in entries
-        for name in entry.names
-    }
+    targets = {name: entry.from_dtype for entry in plan.entries for name in entry.names}
+    if then is not None:
+        afterwards = cast_plan(model, then)
+        targets = {name: entry.to_dtype for entry in afterwards.entries for name in entry.names}
+        if afterwards.notes:
+            _logger.warning(itemized("the cast plan has notes:", afterwards.notes))
     conversions: tuple[Conversion, ...] = ()
     originals: Originals | None = None
     is_over = False
@@ -79,49 +86,55 @@ def temporary_cast(
                 originals = exchange(exchanges, shards, keep_originals=True)
             yield model
         finally:
-            _bring_back(model, targets, conversions, originals)
+            _bring_back(model, model_scan, targets, conversions, originals)
             is_over = True
     except BaseException:
         # An interrupt may come before it can be deferred. What is back already stays as it is.
         if not is_over:
-            _bring_back(model, targets, conversions, originals)
+            _bring_back(model, model_scan, targets, conversions, originals)
         raise
 
 
 def _bring_back(
     model: nn.Module,
+    model_scan: ModelScan,
     targets: Mapping[str, torch.dtype],
     conversions: Sequence[Conversion],
     originals: Originals | None,
 ) -> None:
-    if originals is not None:
-        with interrupts_deferred():
-            back = _returns(model, targets, conversions, originals)
-            exchange(back, Shards(scan(model)), must_finish=True)
+    if originals is None:
+        return
+    with interrupts_deferred():
+        back = _returns(targets, conversions, originals)
+        try:
+            now = scan(model)
+        except ConfigError:
+            # What came inside cannot be cast; what was there before comes back nevertheless.
+            exchange(back, Shards(model_scan, is_way_back=True), must_finish=True)
+            raise
+        handled = {id(tensor) for conversion in conversions for tensor in conversion.tensors}
+        back += _latecomers(now, targets, handled)
+        exchange(back, Shards(now, is_way_back=True), must_finish=True)
 
 
 def _returns(
-    model: nn.Module,
     targets: Mapping[str, torch.dtype],
     conversions: Sequence[Conversion],
     originals: Originals,
 ) -> list[Exchange]:
-    """The way back: for what was cast on entry, then for whatever else is in the model by now."""
-    handled: set[int] = set()
+    """The way back for what was cast on entry."""
     made: list[Exchange] = []
     for conversion, data in each_with_data(conversions, originals):
-        target = targets[conversion.owners[0]]
-        handled.update(id(tensor) for tensor in conversion.tensors)
-        make = partial(_merged_all, conversion.tensors, data, target)
+        make = partial(_merged_all, conversion.tensors, data, targets[conversion.owners[0]])
         made.append(Exchange.at_once(conversion.names, conversion.tensors, make))
-    return [*made, *_latecomers(model, targets, handled)]
+    return made
 
 
 def _latecomers(
-    model: nn.Module, targets: Mapping[str, torch.dtype], handled: Container[int]
+    now: ModelScan, targets: Mapping[str, torch.dtype], handled: Container[int]
 ) -> Iterator[Exchange]:
     """Tensors and gradients that were put into the model inside, or had the dtype already."""
-    items = [item for item in scan(model).tensors if id(item.tensor) not in handled]
+    items = [item for item in now.tensors if id(item.tensor) not in handled]
     groups = {index: group for group in storage_groups(items) for index in group}
     for index, item in enumerate(items):
         group = groups.get(index, [index])
@@ -129,7 +142,7 @@ def _latecomers(
             tensors = tuple(items[member].tensor for member in group)
             yield from _to_target(item.names[0], tensors, targets)
     known = {id(item.tensor) for item in items}
-    for item in scan(model).tensors:
+    for item in now.tensors:
         grad = gradient_of(item.tensor)
         if grad is not None and id(grad) not in handled and id(grad) not in known:
             known.add(id(grad))
@@ -173,6 +186,8 @@ def _written_back(original: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         return result
     if same_bits(original, result):
         return original
+    if original.layout is not torch.strided:
+        return result
     is_expanded = any(
         step == 0 and size > 1 for step, size in zip(original.stride(), original.shape, strict=True)
     )

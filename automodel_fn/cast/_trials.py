@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import random
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -99,10 +102,10 @@ def twin(
             stored = torch.float32
         elif stored in _CASTABLE:
             stored = dtype
-        new = dress(torch.empty(tensor.shape, dtype=stored, device="meta"))
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
+        memo[id(tensor)] = _on_meta(tensor, stored, dress)
     for child in module.modules():
+        for tensor in _unregistered(child):
+            memo.setdefault(id(tensor), _on_meta(tensor, tensor.dtype, dress))
         for name, value in vars(child).items():
             if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 memo[id(value)] = OrderedDict()
@@ -115,6 +118,25 @@ def twin(
     for child in copied.modules():
         vars(child).pop("forward", None)
     return copied
+
+
+def _on_meta(
+    tensor: torch.Tensor, dtype: torch.dtype, dress: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    new = dress(torch.empty(tensor.shape, dtype=dtype, device="meta"))
+    return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+
+
+def _unregistered(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors that a module has as attributes, or in a list or dict of them: caches, tables.
+
+    Without scalars, which a forward may read, and which take no memory.
+    """
+    for value in vars(module).values():
+        inside = value.values() if isinstance(value, dict) else value
+        for item in inside if isinstance(value, dict | list | tuple) else (value,):
+            if type(item) in (torch.Tensor, nn.Parameter) and item.dim():
+                yield item
 
 
 def takes_an_activation(module: nn.Module) -> bool:
@@ -131,12 +153,37 @@ def output_dtypes(trial: nn.Module | None, activation: torch.Tensor) -> tuple[to
     if trial is None:
         return ()
     try:
-        with torch.no_grad(), _RefuseMixedDtypes(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_traces(), _RefuseMixedDtypes():
             output = type(trial).forward(trial, activation)
     except Exception:  # noqa: BLE001 - user code on a guessed input: any failure means "cannot say"
         return ()
     return tuple(t.dtype for t in tensors_in(output) if t.is_floating_point())
+
+
+@contextmanager
+def without_traces() -> Generator[None]:
+    """Run user code without gradients and warnings, and as if no random number was drawn.
+
+    It draws the same ones each time and has the same default dtype, so that one module gives one
+    answer.
+    """
+    numpy = getattr(sys.modules.get("numpy"), "random", None)
+    drawn, drawn_by_numpy = random.getstate(), numpy.get_state() if numpy else None
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.no_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            if numpy:
+                numpy.seed(0)
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        random.setstate(drawn)
+        if numpy:
+            numpy.set_state(drawn_by_numpy)
 
 
 class _RefuseMixedDtypes(TorchDispatchMode):

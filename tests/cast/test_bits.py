@@ -153,3 +153,54 @@ def test_a_meta_tensor_has_the_bits_of_any_other():
 
     assert ours(meta, torch.empty(2, device="meta"))
     assert checksum(meta) == 0
+
+
+def test_bits_are_of_the_values_where_pytorch_conjugates_or_negates_on_reading():
+    turned = torch.tensor([1 + 2j, -0.0j]).conj()
+
+    assert turned.is_conj()
+    assert turned.imag.is_neg()
+    for tensor in (turned, turned.imag):
+        assert torch.equal(bits(tensor), bits(torch.tensor(tensor.tolist(), dtype=tensor.dtype)))
+        assert checksum(tensor) == checksum(tensor.clone().resolve_conj().resolve_neg())
+
+
+def sparse(values, places=(0, 2, 0)):
+    return torch.sparse_coo_tensor(torch.tensor([places]), values, (4, 2), check_invariants=True)
+
+
+def test_bits_of_sparse_tensors_are_compared_as_they_are_stored(special):
+    values = special(3, 2)
+
+    assert ours(sparse(values), sparse(values.clone()))
+    assert not ours(sparse(values), sparse(values.flip(0)))
+    assert not ours(sparse(values), sparse(values, places=(0, 1, 0)))
+    assert not ours(sparse(values), sparse(values[:2], places=(0, 2)))
+    assert not ours(sparse(values), torch.zeros(4, 2))
+    assert not ours(torch.zeros(4, 2), sparse(values))
+
+
+def test_merging_an_unedited_sparse_cast_brings_every_bit_back(special, same_bits):
+    original = sparse(special(3, 2))
+
+    back = merged(original, original.to(bf16), fp32)
+    edited = merged(original, sparse(torch.ones(3, 2, dtype=bf16)), fp32)
+
+    assert same_bits(back._values(), original._values())
+    assert torch.equal(edited._values(), torch.ones(3, 2))
+
+
+def test_a_checksum_sees_where_an_element_is_across_pieces(monkeypatch):
+    monkeypatch.setattr("automodel_fn.cast._bits._CHUNK", 4)
+    values = torch.arange(12.0)
+
+    assert checksum(values) != checksum(values.roll(4))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_checksum_sees_the_highest_bit_of_every_element(place):
+    zeros = torch.zeros(4, dtype=torch.float64)
+    negated = zeros.clone()
+    negated[place] = -0.0
+
+    assert checksum(zeros) != checksum(negated)

@@ -109,6 +109,23 @@ def test_what_casts_by_itself_gets_none(make):
     assert fp32_boundaries(model, plan).names == ()
 
 
+class CastsIfAsked(nn.Module):
+    def __init__(self, casts):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.casts = casts
+
+    def forward(self, x):
+        return (x * self.scale).to(x.dtype) if self.casts else x * self.scale
+
+
+def test_modules_that_differ_in_a_setting_are_tried_each():
+    model = nn.Sequential(CastsIfAsked(True), CastsIfAsked(False))
+
+    with fp32_boundaries(model, cast_plan(model, bf16, keep_fp32=["0", "1"])) as handle:
+        assert handle.names == ("1",)
+
+
 def test_an_fp32_model_needs_none():
     model, plan = pinned(nn.Linear(2, 2), fp32)
 
@@ -163,6 +180,15 @@ def test_what_comes_in_decides_what_goes_out(given, returned):
 
     with fp32_boundaries(model, plan):
         assert model(torch.randn(2, 4).to(given)).dtype == returned
+
+
+def test_the_activation_is_what_the_forward_names_first_in_whatever_order_it_is_given():
+    model, plan = pinned(Promoting())
+    apply(plan)
+
+    with fp32_boundaries(model, plan):
+        assert model[0](shift=torch.ones(4), x=activation(2, 4)).dtype == bf16
+        assert model[0](shift=activation(2, 4), x=torch.ones(4)).dtype == fp32
 
 
 def test_keywords_and_nested_outputs_pass_through():

@@ -65,3 +65,28 @@ def test_a_convolution_in_channels_last_stays_so(special, same_bits):
 
     assert model.weight.stride() == strides
     assert same_bits(model.weight, expected)
+
+
+# A CPU gives NaN other bits where it converts memory with gaps.
+def test_views_that_lie_between_one_another_have_the_nans_of_their_own_casts(special, same_bits):
+    flat = special(40)
+    model = nn.Module()
+    model.even, model.odd = nn.Parameter(flat[::2]), nn.Parameter(flat[1::2])
+    expected = model.even.detach().to(bf16), model.odd.detach().to(bf16)
+
+    apply(cast_plan(model, bf16))
+
+    assert same_bits(model.even.contiguous(), expected[0])
+    assert same_bits(model.odd.contiguous(), expected[1])
+
+
+def test_views_of_one_storage_of_which_one_is_negated_keep_their_values():
+    z = torch.tensor([1 + 2j, 3 + 4j])
+    model = nn.Module()
+    model.register_buffer("plain", z.imag)
+    model.register_buffer("negated", z.conj().imag)
+    expected = model.plain.tolist(), model.negated.tolist()
+
+    apply(cast_plan(model, bf16))
+
+    assert (model.plain.tolist(), model.negated.tolist()) == expected

@@ -190,3 +190,18 @@ def test_adapters_train_on_a_cast_frozen_model():
     assert model[0].weight.dtype == bf16
     assert model[2].weight.dtype == fp32
     assert not torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "counters"),
+    [(torch.optim.NAdam, {"step", "mu_product"}), (torch.optim.ASGD, {"step", "eta", "mu"})],
+)
+def test_counters_of_a_scalar_parameter_stay(make, counters):
+    model = nn.ParameterList([nn.Parameter(torch.tensor(1.5))])
+    optimizer = make(model.parameters())
+    model[0].square().backward()
+    optimizer.step()
+
+    apply(cast_plan(model, bf16, optimizers=[optimizer]))
+
+    assert {optimizer.state[model[0]][key].dtype for key in counters} == {fp32}

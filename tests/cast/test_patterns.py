@@ -109,3 +109,17 @@ def test_skip_is_stronger_than_a_pin(entry_of):
 
     entry = entry_of(plan, "layers.0.norm.weight")
     assert (entry.action, entry.to_dtype) == ("skip", bf16)
+
+
+def test_a_pattern_that_only_names_what_another_one_names_as_well_matches(actions_of):
+    model = nn.Sequential(nn.Linear(2, 2))
+
+    plan = cast_plan(model, bf16, keep_fp32=["*", "0.weight"])
+
+    assert actions_of(plan) == {"0.weight": "keep", "0.bias": "keep"}
+
+
+def test_a_module_without_tensors_is_named_with_its_wrappers_too():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"_orig_mod": nn.ReLU()}))
+
+    assert cast_plan(model, bf16, keep_fp32=["1._orig_mod", "1"]) == cast_plan(model, bf16)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import random
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -99,6 +101,15 @@ def test_tensors_that_share_a_storage_are_decided_together(zoo, entry_of, name, 
     assert all(f"{argument}={name!r}" in entry.reason for entry in entries)
 
 
+def test_of_tensors_that_share_a_storage_skip_is_stronger_than_a_pin(make_holder, actions_of):
+    flat = torch.ones(4, dtype=bf16)
+    model = make_holder(left=nn.Parameter(flat[:2]), right=nn.Parameter(flat[2:]))
+
+    plan = cast_plan(model, fp16, keep_fp32="left", skip="right")
+
+    assert actions_of(plan) == {"left": "skip", "right": "skip"}
+
+
 def test_tensors_that_share_a_storage_are_a_note(zoo):
     assert "left, right share one storage and are cast together" in cast_plan(zoo, bf16).notes
 
@@ -153,6 +164,91 @@ def test_planning_draws_no_random_numbers(zoo):
     cast_plan(zoo, bf16, keep_fp32="head")
 
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class MakesATensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.scale * torch.ones(4, device=x.device)
+
+
+@pytest.fixture
+def _default_dtype():
+    yield
+    torch.set_default_dtype(fp32)
+
+
+@pytest.mark.usefixtures("_default_dtype")
+@pytest.mark.parametrize("dtype", [bf16, torch.float64])
+def test_planning_does_not_depend_on_the_default_dtype(dtype):
+    model = nn.Sequential(MakesATensor(), Chance())
+    plan = cast_plan(model, bf16, keep_fp32=["0", "1"])
+    torch.set_default_dtype(dtype)
+
+    assert cast_plan(model, bf16, keep_fp32=["0", "1"]) == plan
+    assert torch.get_default_dtype() == dtype
+
+
+# What its forward needs of a bf16 activation is decided by chance.
+class Chance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        if torch.rand([]) + random.random() + numpy.random.uniform() < 1.5:
+            return x
+        return x * self.scale
+
+
+def test_planning_leaves_no_trace_of_the_random_numbers_that_a_forward_draws():
+    model = nn.Sequential(Chance())
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+
+    plans = [cast_plan(model, bf16, keep_fp32="0") for _ in range(20)]
+
+    after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
+    assert all(plan == plans[0] for plan in plans)
+
+
+class Cached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.cache = torch.zeros(3, 4)
+        self.caches = [self.cache, {}]
+        self.by_name = {"again": self.cache, "length": torch.tensor(2.0)}
+        self.lines = (torch.zeros(4).mul(self.scale),)
+
+    def forward(self, x):
+        return x * self.scale * float(self.by_name["length"]) * len(self.caches[0])
+
+
+def test_planning_copies_no_data_of_tensors_that_a_module_holds_unregistered(monkeypatch):
+    model, copied, copy = nn.Sequential(Cached()), [], torch.Tensor.__deepcopy__
+
+    def noted(tensor, memo):
+        copied.append((tensor.device.type, tensor.dim()))
+        return copy(tensor, memo)
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", noted)
+    plan = cast_plan(model, bf16, keep_fp32="0")
+
+    assert set(copied) == {("cpu", 0)}
+    assert "returns float32" in plan.notes[0]
+
+
+@pytest.mark.parametrize("several", [lambda o: o, lambda o: [o, None], lambda o: [o.state]])
+def test_something_else_than_optimizers_is_an_error_that_says_how(zoo, several):
+    optimizer = torch.optim.SGD([zoo.scalar])
+
+    with pytest.raises(ConfigError, match=r"as in optimizers=\[optimizer\]"):
+        cast_plan(zoo, bf16, optimizers=several(optimizer))
 
 
 @pytest.fixture

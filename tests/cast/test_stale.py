@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -204,3 +207,25 @@ def test_a_plan_edited_into_no_cast_is_refused(old, new):
 
     with pytest.raises(ConfigError, match=r"weight: .* is no cast"):
         CastPlan.from_json(text.replace(old, new))
+
+
+def test_a_plan_that_says_two_things_of_a_tensor_is_refused_and_nothing_changed():
+    model = nn.Linear(2, 2)
+    plan = cast_plan(model, bf16)
+    twice = attrs.evolve(plan.entries[0], to_dtype=fp16)
+
+    with pytest.raises((StalePlanError, ConfigError), match="weight"):
+        apply(attrs.evolve(plan, entries=(*plan.entries, twice)))
+
+    assert model.weight.dtype == torch.float32
+
+
+def test_a_second_entry_does_not_cast_a_pin():
+    model = nn.Linear(2, 2)
+    data = json.loads(cast_plan(model, bf16, keep_fp32="weight").to_json())
+    data["entries"].append(data["entries"][0] | {"action": "cast", "to_dtype": "bfloat16"})
+
+    with pytest.raises((StalePlanError, ConfigError), match="weight"):
+        apply(CastPlan.from_json(json.dumps(data)), model)
+
+    assert model.weight.dtype == torch.float32

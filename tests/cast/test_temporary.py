@@ -247,3 +247,47 @@ def test_a_storage_read_from_outside_is_followed_again(special):
 
     assert flat[5].item() == 3.0
     assert model.weight.data_ptr() == flat[4:].data_ptr()
+
+
+def test_what_pytorch_negates_on_reading_comes_back(make_holder):
+    turned = torch.tensor([1.001 + 2j, -3.003j]).conj()
+    model = make_holder(negated=turned.imag)
+    expected = turned.imag.tolist()
+
+    with temporary_cast(model, bf16):
+        assert model.negated.tolist() == [-2.0, 3.0]
+
+    assert model.negated.is_neg()
+    assert model.negated.tolist() == expected
+
+
+def test_a_module_that_is_not_initialized_put_in_inside_keeps_nothing_from_coming_back(state_of):
+    model = make().to(bf16)
+    before = state_of(model)
+
+    with pytest.raises(ConfigError, match=r"late\.weight"), temporary_cast(model, fp32):
+        model["late"] = nn.LazyLinear(2)
+
+    del model["late"]
+    assert state_of(model).differences(before) == []
+
+
+def test_the_notes_of_the_plan_afterwards_are_logged_once(caplog):
+    model = make()
+    model._keep_in_fp32_modules = ["nothing_of_this_name"]
+
+    with temporary_cast(model, fp16), temporary_cast(model, fp32, then=bf16):
+        pass
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "keyword 'nothing_of_this_name'" in record.getMessage()
+
+
+def test_an_expanded_tensor_takes_no_more_memory_afterwards(make_holder, special):
+    model = make_holder(wide=nn.Parameter(special(1, 5).expand(3, 5)))
+
+    with temporary_cast(model, bf16):
+        pass
+
+    assert model.wide.stride() == (0, 1)

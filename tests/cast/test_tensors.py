@@ -212,6 +212,6 @@ def test_a_model_in_ddp_has_the_names_and_pins_that_it_has_without(gloo):
     plan = cast_plan(wrapped, torch.bfloat16)
 
     assert plan == cast_plan(make(), torch.bfloat16)
-    apply(plan)
+    apply(plan, wrapped.module)
     assert wrapped.module["module"].weight.dtype == torch.bfloat16
     assert wrapped.module["norm"].weight.dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -342,6 +343,31 @@ def claim_a_cast_in_the_middle_of_a_step_is_refused_and_the_step_can_end():
     loss = loss_of(model)
     loss.backward()
     apply(plan)  # the loss is still held
+
+
+def claim_a_temporary_cast_that_ends_in_the_middle_of_a_step_brings_every_bit_back():
+    def a_forward_without_a_backward(model):
+        return model(inputs(bf16))
+
+    def a_backward_that_is_not_reduced(model):
+        model.set_requires_gradient_sync(False)
+        model(inputs(bf16)).sum().backward()
+        model.set_requires_gradient_sync(True)
+
+    def end(model, step, held):
+        with temporary_cast(model, bf16):
+            held.append(step(model))
+
+    for step in (a_forward_without_a_backward, a_backward_that_is_not_reduced):
+        model, plain, held = sharded(build()), build(), []
+        optimizer = adamw(model)
+        before = State(model, optimizer)
+        holding = ("layers.0.norm.weight", "They are back as they were", "clear its gradients")
+        raised(ConfigError, partial(end, model, step, held), holding=holding)
+        held.clear()
+        optimizer.zero_grad()
+        State(model, optimizer).assert_is(before)
+        assert train(model, optimizer) == train(plain, adamw(plain))
 
 
 def claim_replicas_of_shards_are_cast_alike_but_not_before_they_are_summed_up():
