@@ -35,7 +35,7 @@ def feed():
 
 
 def split(model, mesh=None):
-    plan = {"norm": SequenceParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    plan = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()}
     return parallelize_module(model, mesh or the_mesh(), plan)
 
 
