@@ -138,3 +138,21 @@ def test_a_hook_of_interleaved_tasks_is_off_or_right(num_turns):
     asyncio.run(together())
     assert len(seen) == 1
     assert seen[0] in (LATER, OFF)
+
+
+def test_a_scope_that_is_used_again_is_not_that_of_a_task_which_began_in_its_first_use():
+    scope = step_context(FIRST)
+
+    async def look(go):
+        await go.wait()
+        return current_step()
+
+    async def used_twice():
+        go = asyncio.Event()
+        with scope:
+            task = asyncio.create_task(look(go))
+        with step_context(LATER), scope:
+            go.set()
+            return await task
+
+    assert asyncio.run(used_twice()) == OFF
