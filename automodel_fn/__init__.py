@@ -53,9 +53,11 @@ from automodel_fn.ops import (
 )
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
+    CarryHandle,
     StepContext,
     accumulate,
     bind,
+    carry_step,
     checkpoint_context_fn,
     current_step,
     gradient_sync,
@@ -80,6 +82,7 @@ __all__ = [
     "BenchmarkError",
     "BoundaryHandle",
     "CacheCounts",
+    "CarryHandle",
     "CastPlan",
     "CastReport",
     "ConfigError",
@@ -113,6 +116,7 @@ __all__ = [
     "bind",
     "build",
     "cache_counts",
+    "carry_step",
     "cast_plan",
     "checkpoint_context_fn",
     "current_step",

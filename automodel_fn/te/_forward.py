@@ -71,17 +71,19 @@ def with_step(
                 return shaped(self, *args, **kwargs)
             if rule is not None and isinstance(inp, Tensor) and is_tensor_abstract(inp):
                 return rule(self, inp)
-        if len(args) > position or FIRST_MICROBATCH in kwargs:
+        # Most calls give the input by position and nothing else: passed on without unpacking,
+        # which takes longer than reading the step.
+        is_plain = not kwargs and len(args) == 1
+        if not is_plain and (len(args) > position or FIRST_MICROBATCH in kwargs):
             return forward(self, *args, **kwargs)
         first = read_step().first_microbatch
         if first is None:
-            # Most calls are of this kind, and passing it on by itself takes a third of the time.
-            return (
-                forward(self, *args, **kwargs) if kwargs or len(args) != 1 else forward(self, inp)
-            )
-        kwargs[FIRST_MICROBATCH] = told(self, first)
+            return forward(self, inp) if is_plain else forward(self, *args, **kwargs)
+        first = told(self, first)
         try:
-            return forward(self, *args, **kwargs)
+            if is_plain:
+                return forward(self, inp, is_first_microbatch=first)
+            return forward(self, *args, **kwargs, is_first_microbatch=first)
         except BaseException:
             forget(self)
             raise

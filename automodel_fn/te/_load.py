@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from automodel_fn.errors import BackendUnavailableError
@@ -47,21 +46,38 @@ def recipe_reader() -> Callable[[], object]:
     """
     for name in ("quantization", "fp8"):
         manager = getattr(sys.modules.get(f"{_MODULE}.{name}"), "FP8GlobalStateManager", None)
-        if hasattr(manager, "quantization_state"):
-            return partial(_recipe_of_state, manager)
         if manager is not None:
-            return partial(_recipe_of, manager)
+            return _Recipes(manager)
     return lambda: "unknown"
 
 
-def _recipe_of_state(manager: Any) -> object:
-    """As `_recipe_of`, without the methods, in a third of the time: every forward asks."""
-    state = manager.quantization_state
-    return (state.fp8_recipe or "default") if state.fp8_enabled else None
+class _Recipes:
+    """Gives equal recipes as one object, so that asking for a change is mostly asking who it is.
 
+    A program that makes a recipe for each autocast would otherwise have every module compare them.
+    """
 
-def _recipe_of(manager: Any) -> object:
-    return manager.get_fp8_recipe() if manager.is_fp8_enabled() else None
+    __slots__ = ("_given", "_manager", "_seen")
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._seen: object = None
+        self._given: object = None
+
+    def __call__(self) -> object:
+        # The state and not its methods, where there is one: every forward asks.
+        state = getattr(self._manager, "quantization_state", None)
+        if state is None:
+            enabled, recipe = self._manager.is_fp8_enabled(), self._manager.get_fp8_recipe()
+        else:
+            enabled, recipe = state.fp8_enabled, state.fp8_recipe or "default"
+        if not enabled:
+            return None
+        if recipe is not self._seen:
+            if type(recipe) is not type(self._given) or recipe != self._given:
+                self._given = recipe
+            self._seen = recipe
+        return self._given
 
 
 def _import() -> Any:

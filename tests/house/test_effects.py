@@ -16,6 +16,7 @@ EFFECTFUL = (
     "step/_base.py",
     "step/_bind.py",
     "step/_carrier.py",
+    "step/_checkpointing.py",
     "step/_freshness.py",
     "step/_sync.py",
     "cast/_apply.py",
