@@ -63,7 +63,7 @@ def with_step(
     def stepping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return shaped(self, *args, **kwargs)
-        inp = args[0] if args else kwargs.get(first_parameter)
+        inp: Any = args[0] if args else kwargs.get(first_parameter)
         kind = type(inp)
         # Whatever is not an ordinary tensor with values: its shape may be all that is wanted.
         if (kind is not Tensor and kind is not Parameter) or inp.is_meta:

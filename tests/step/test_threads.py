@@ -156,3 +156,33 @@ def test_a_scope_that_is_used_again_is_not_that_of_a_task_which_began_in_its_fir
             return await task
 
     assert asyncio.run(used_twice()) == OFF
+
+
+@both_modes
+def test_a_backward_from_a_thread_with_scopes_of_its_own_reads_its_timeline(
+    block, leaf, in_thread, use_reentrant
+):
+    """What is documented as wrong: numbers of nodes are counted by thread, and cannot be told."""
+    with step_context(FIRST):
+        out = checkpoint(block, leaf, use_reentrant=use_reentrant).sum()
+
+    def work():
+        with step_context(LAST):
+            out.backward()
+
+    in_thread(work)
+    assert block.seen[0] == FIRST
+    assert block.seen[1] in (LAST, OFF)
+
+
+@both_modes
+def test_bind_is_right_in_a_thread_with_scopes_of_its_own(block, leaf, in_thread, use_reentrant):
+    with step_context(FIRST):
+        out = checkpoint(bind(block), leaf, use_reentrant=use_reentrant).sum()
+
+    def work():
+        with step_context(LAST):
+            out.backward()
+
+    in_thread(work)
+    assert block.seen == [FIRST, FIRST]
