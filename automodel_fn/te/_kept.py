@@ -26,6 +26,10 @@ class CacheCounts:
         refreshed: In a later one, after a weight or the recipe had changed: those that were kept
             are dropped, and made anew.
         repeated: In a first one that had run the module already: use those that are kept.
+
+    Example:
+        >>> CacheCounts(filled=1, reused=3)
+        CacheCounts(filled=1, reused=3, refreshed=0, repeated=0)
     """
 
     filled: int = attrs.field(default=0, kw_only=True)

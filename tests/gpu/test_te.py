@@ -112,7 +112,8 @@ def same(one, other):
 def difference(one, other):
     apart = (one.float() - other.float()).abs()
     number, most = int((apart != 0).sum()), float(apart.max())
-    return f"{number} of {apart.numel()} values by at most {most}; not finite: {(~apart.isfinite()).sum()}"
+    broken = int((~apart.isfinite()).sum())
+    return f"{number} of {apart.numel()} values by at most {most}; not finite: {broken}"
 
 
 @pytest.fixture(autouse=True)

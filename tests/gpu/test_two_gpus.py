@@ -50,7 +50,9 @@ class Counting:
         self.calls = 0
         self.originals = {}
     def __enter__(self):
-        for name in ("reduce_scatter_tensor", "all_reduce"):
+        # Which of the first two FSDP2 calls depends on the version of PyTorch.
+        names = ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce")
+        for name in (name for name in names if hasattr(dist, name)):
             original = self.originals[name] = getattr(dist, name)
             def counted(*args, original=original, **kwargs):
                 self.calls += 1

@@ -272,5 +272,7 @@ def test_code_before_a_scope_that_a_checkpointed_function_enters_may_see_it(
         else:
             out = checkpoint(inside, leaf, use_reentrant=use_reentrant)
     out.sum().backward()
-    assert seen[0] == FIRST
-    assert seen[1] in ((FIRST,) if is_entered_outside else (FIRST, LATER))
+    # Of a reentrant checkpoint one node is made, after the function has run; of the other one the
+    # nodes are those of the function, and the recompute works for one that was made in the scope.
+    is_wrong = not is_entered_outside and not use_reentrant
+    assert seen == [FIRST, LATER if is_wrong else FIRST]

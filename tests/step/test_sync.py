@@ -153,7 +153,9 @@ from torch.nn.parallel import DistributedDataParallel
 from automodel_fn import accumulate, gradient_sync
 
 calls = []
-for name in ("reduce_scatter_tensor", "all_reduce"):
+# Which of the two FSDP2 calls depends on the version of PyTorch.
+names = ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce")
+for name in (name for name in names if hasattr(dist, name)):
     def counted(*args, original=getattr(dist, name), **kwargs):
         calls.append(1)
         return original(*args, **kwargs)
