@@ -41,6 +41,7 @@ from automodel_fn.errors import (
     PatchError,
     ScopeError,
     StalePlanError,
+    StaleWeightError,
 )
 from automodel_fn.nn import Float32RMSNorm
 from automodel_fn.ops import (
@@ -52,16 +53,24 @@ from automodel_fn.ops import (
 )
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
+    CarryHandle,
     StepContext,
     accumulate,
     bind,
+    carry_step,
     checkpoint_context_fn,
     current_step,
     gradient_sync,
     invalidate,
     step_context,
 )
-from automodel_fn.te import PatchHandle, is_tensor_unallocated, patch_te
+from automodel_fn.te import (
+    CacheCounts,
+    PatchHandle,
+    cache_counts,
+    is_tensor_unallocated,
+    patch_te,
+)
 
 __version__ = "0.1.0"
 
@@ -72,6 +81,8 @@ __all__ = [
     "BackendUnavailableError",
     "BenchmarkError",
     "BoundaryHandle",
+    "CacheCounts",
+    "CarryHandle",
     "CastPlan",
     "CastReport",
     "ConfigError",
@@ -94,6 +105,7 @@ __all__ = [
     "ScopeError",
     "Snapshot",
     "StalePlanError",
+    "StaleWeightError",
     "StepContext",
     "TEFp8Config",
     "TensorCast",
@@ -103,6 +115,8 @@ __all__ = [
     "bf16",
     "bind",
     "build",
+    "cache_counts",
+    "carry_step",
     "cast_plan",
     "checkpoint_context_fn",
     "current_step",

@@ -51,6 +51,10 @@ class PatchError(AutomodelFnError, RuntimeError):
     """A class is not in the state in which our patch left it."""
 
 
+class StaleWeightError(AutomodelFnError, RuntimeError):
+    """A quantized weight was to be reused after the weight that it was made from had changed."""
+
+
 def itemized(head: str, items: Iterable[str], advice: str = "") -> str:
     """A message of several lines: a head, one indented line an item, and what to do.
 

@@ -9,6 +9,7 @@ from automodel_fn.errors import AutomodelFnError, itemized
 BUILTINS = {
     "ConfigError": ValueError,
     "StalePlanError": RuntimeError,
+    "StaleWeightError": RuntimeError,
     "ScopeError": RuntimeError,
     "PartialCastError": RuntimeError,
     "OtherRankError": RuntimeError,

@@ -2,7 +2,7 @@
 
 PyTorch has no public way to change the dtype of a parameter that `fully_shard` has taken over once
 a forward has run, to see how parameters are grouped, or to shard parameters of one module in two
-groups. What is used here was run with PyTorch 2.13, and is looked for before it is used.
+groups. What is used here was run with PyTorch 2.11 and 2.13, and is looked for before it is used.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _refuse_unknown(record: Any, wanted: Iterable[str]) -> None:
     if missing:
         raise BackendUnavailableError(
             f"torch={torch.__version__}: FSDP2's {type(record).__name__} has no "
-            f"{', '.join(missing)}, which casting a sharded model needs (run with 2.13). "
+            f"{', '.join(missing)}, which casting a sharded model needs (run with 2.11 and 2.13). "
             "Cast before fully_shard, which needs nothing private, or use a known version."
         )
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import itertools
 from types import TracebackType
 from typing import Any
 
-import torch
+from torch.compiler import is_compiling
 
 from automodel_fn.errors import ConfigError, ScopeError
-from automodel_fn.step._autograd import evaluation, next_node
-from automodel_fn.step._carrier import Entry, change_to, down_to, open_entry, step_at, this_thread
-from automodel_fn.step._context import OFF, StepContext
+from automodel_fn.step._autograd import current_node, evaluation, next_node
+from automodel_fn.step._carrier import (
+    Entry,
+    down_to,
+    end,
+    innermost,
+    open_entry,
+    show,
+    step_at,
+    this_thread,
+)
+from automodel_fn.step._context import StepContext
 
 _UNSET: Any = object()
+_running_loop = asyncio._get_running_loop
+_microbatches = itertools.count()
 _STEPS = {
-    (first, optim): StepContext(first, optim_step=optim)
+    first: {optim: StepContext(first, optim_step=optim) for optim in (True, False)}
     for first in (None, True, False)
-    for optim in (True, False)
 }
 
 
@@ -38,13 +48,31 @@ def current_step() -> StepContext:
         >>> current_step()
         StepContext(first_microbatch=None, optim_step=False)
     """
-    if torch.compiler.is_compiling():
-        mirror = this_thread.mirror
-        return mirror.step if mirror.is_open else OFF
+    if is_compiling():
+        return this_thread.shown.mirror
+    return eager_step()
+
+
+def eager_step() -> StepContext:
+    """As `current_step`, for code that knows that it is not being compiled."""
+    entry, shown = innermost.get(), this_thread.shown
+    # What every forward asks, in as few steps as can be: no backward, and nobody took turns.
+    if entry is shown.published and (entry is None or entry.is_open) and current_node() is None:
+        return shown.base.step if entry is None else entry.step
     return step_at(open_entry(), evaluation())
 
 
-class step_context:
+def current_microbatch() -> int | None:
+    """The number of the microbatch under way, unlike that of any other; None if there is none.
+
+    Scopes that inherit `first_microbatch`, and what is called through `bind`, are of the microbatch
+    of their scope. A recompute is of none, since it is no call of its own.
+    """
+    entry = open_entry()
+    return None if entry is None or current_node() is not None else entry.microbatch
+
+
+class step_context(Entry):
     """Put a step context in force for a `with` block.
 
     Scoped and immutable: what stood before stands again afterwards, also after an error. Seen by
@@ -69,7 +97,8 @@ class step_context:
         StepContext(first_microbatch=True, optim_step=True)
     """
 
-    __slots__ = ("_entry", "_first_microbatch", "_optim_step")
+    # Its first scope is the object itself: making another takes as long as all the rest.
+    __slots__ = ("_first_microbatch", "_given", "_is_used", "_microbatch", "_optim_step", "_scope")
 
     def __init__(
         self,
@@ -78,32 +107,57 @@ class step_context:
         first_microbatch: bool | None = _UNSET,
         optim_step: bool = _UNSET,
     ) -> None:
-        if step is not None:
+        if step is None:
+            # By identity: this is done in every microbatch, and bool has no other instances.
+            if (
+                first_microbatch is not True
+                and first_microbatch is not False
+                and first_microbatch is not None
+                and first_microbatch is not _UNSET
+            ) or (optim_step is not _UNSET and optim_step is not True and optim_step is not False):
+                raise _wrong_fields(first_microbatch, optim_step)
+        elif type(step) is not StepContext or not (first_microbatch is optim_step is _UNSET):
             _check_step(step, first_microbatch, optim_step)
-            first_microbatch, optim_step = step.first_microbatch, step.optim_step
-        else:
-            _check_fields(first_microbatch, optim_step)
+        self._given = step
         self._first_microbatch = first_microbatch
         self._optim_step = optim_step
-        self._entry: Entry | None = None
+        self._microbatch: int | None = None
+        self._is_used = False
+        self._scope: Entry | None = None
 
     def __enter__(self) -> StepContext:
-        if self._entry is not None:
+        if self._scope is not None:
             raise ScopeError("this step_context is entered already; make a new one for each with.")
-        parent, now = open_entry(), evaluation()
-        inherited = step_at(parent, now)
-        first, optim = self._first_microbatch, self._optim_step
-        step = _STEPS[
-            inherited.first_microbatch if first is _UNSET else first,
-            inherited.optim_step if optim is _UNSET else optim,
-        ]
-        task_scopes = None if asyncio._get_running_loop() is None else this_thread.task_scopes
-        entry = self._entry = Entry(step, parent, now, task_scopes, threading.get_ident())
+        shown, parent = this_thread.shown, innermost.get()
+        if parent is not shown.published or not (parent is None or parent.is_open):
+            parent = open_entry()
+        now = None if current_node() is None else evaluation()
+        step, microbatch = self._given, self._microbatch
+        if step is None:
+            outer = (parent or shown.base).step if now is None else step_at(parent, now)
+            first, optim = self._first_microbatch, self._optim_step
+            if first is _UNSET:
+                first = outer.first_microbatch
+                microbatch = None if parent is None else parent.microbatch
+            step = _STEPS[first][outer.optim_step if optim is _UNSET else optim]
+        task_scopes = None if _running_loop() is None else shown.task_scopes
+        # A scope that was left may still be looked at by a task; it stays as it was.
+        entry = self._scope = Entry() if self._is_used else self
+        self._is_used = True
+        entry.step = step
+        entry.parent = parent
+        entry.evaluation = now
+        entry.task_scopes = task_scopes
+        entry.shown = shown
+        entry.microbatch = next(_microbatches) if microbatch is None else microbatch
+        entry.is_open = True
         if task_scopes is not None:
             if not task_scopes:
-                this_thread.first_task_node = next_node()
+                shown.first_task_node = next_node()
+                shown.have_tasks_taken_turns = False
             task_scopes.add(entry)
-        change_to(entry)
+        innermost.set(entry)
+        show(shown, entry)
         return step
 
     def __exit__(
@@ -112,24 +166,50 @@ class step_context:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        entry, self._entry = self._entry, None
+        entry, self._scope = self._scope, None
         if entry is None:
             raise ScopeError("this step_context is not entered: left twice, or never entered.")
         if not entry.is_open:
             return  # ended by a scope that was left out of order, which has been reported
-        innermost = open_entry()
-        in_order = innermost is entry
-        is_closed_generator = not in_order and exc_type is GeneratorExit
-        ended = (entry,) if is_closed_generator else down_to(innermost, entry)
-        for scope in ended or (entry,):
-            scope.is_open = False
-            if scope.task_scopes is not None:
-                scope.task_scopes.discard(scope)
-        while innermost is not None and not innermost.is_open:
-            innermost = innermost.parent
-        change_to(innermost)
-        if not in_order and not is_closed_generator:
-            raise ScopeError(_misuse(entry.step, len(ended)))
+        shown = this_thread.shown
+        if innermost.get() is not entry or shown.published is not entry:
+            _leave_otherwise(entry, exc_type)
+            return
+        entry.is_open = False
+        parent = entry.parent
+        if entry.task_scopes is not None:
+            entry.task_scopes.discard(entry)
+        if parent is not None and not parent.is_open:
+            parent = _open_from(parent)
+        innermost.set(parent)
+        show(shown, parent)
+
+
+def _leave_otherwise(entry: Entry, exc_type: type[BaseException] | None) -> None:
+    """Leave a scope that is not the innermost, or not the one that its thread showed last."""
+    here = open_entry()
+    is_closed_generator = here is not entry and exc_type is GeneratorExit
+    ended = (entry,) if is_closed_generator else down_to(here, entry)
+    for scope in ended or (entry,):
+        end(scope)
+    here_now = _open_from(here)
+    innermost.set(here_now)
+    show(this_thread.shown, here_now)
+    if here is not entry and not is_closed_generator:
+        raise ScopeError(_misuse(entry.step, len(ended)))
+
+
+def _open_from(entry: Entry | None) -> Entry | None:
+    while entry is not None and not entry.is_open:
+        entry = entry.parent
+    return entry
+
+
+def resumed(step: StepContext, microbatch: int | None) -> step_context:
+    """A scope of a microbatch that is under way, or was, as `current_microbatch` told it."""
+    scope = step_context(step)
+    scope._microbatch = microbatch
+    return scope
 
 
 def _check_step(step: object, *fields: object) -> None:
@@ -145,15 +225,10 @@ def _check_step(step: object, *fields: object) -> None:
         )
 
 
-def _check_fields(first_microbatch: object, optim_step: object) -> None:
-    if not (
-        first_microbatch is _UNSET or first_microbatch is None or isinstance(first_microbatch, bool)
-    ):
-        raise ConfigError(
-            f"first_microbatch={first_microbatch!r} must be True, False or None (off)."
-        )
-    if not (optim_step is _UNSET or isinstance(optim_step, bool)):
-        raise ConfigError(f"optim_step={optim_step!r} must be True or False.")
+def _wrong_fields(first_microbatch: object, optim_step: object) -> ConfigError:
+    if first_microbatch is None or first_microbatch is _UNSET or isinstance(first_microbatch, bool):
+        return ConfigError(f"optim_step={optim_step!r} must be True or False.")
+    return ConfigError(f"first_microbatch={first_microbatch!r} must be True, False or None (off).")
 
 
 def _misuse(step: StepContext, num_ended: int) -> str:

@@ -19,6 +19,7 @@ import ctypes
 import sys
 import threading
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -35,6 +36,12 @@ _ACCUMULATES = 2**64 - 1
 
 _c: Any = torch._C
 
+# Taken once: they are called in every forward. `check_torch` says so where one is missing.
+current_node: Callable[[], Any] = getattr(_c, "_current_autograd_node", lambda: None)
+"""The node under evaluation, None outside of a backward."""
+next_node: Callable[[], int] = getattr(_c._autograd, "_get_sequence_nr", lambda: 0)
+"""The number that this thread's next node will have."""
+
 Evaluation = tuple[int, int]
 """One evaluation of one node: (number of the backward, number of the node)."""
 
@@ -45,35 +52,35 @@ class Timeline:
     Only the newest 4096 boundaries are kept; what is older is off, never another step's.
     """
 
-    __slots__ = ("_starts", "_steps", "thread")
+    __slots__ = ("starts", "steps", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self._starts: list[int] = []
-        self._steps: list[StepContext] = []
+        self.starts: list[int] = []
+        self.steps: list[StepContext] = []
 
     def record(self, step: StepContext) -> None:
         """From the next node on, `step` is in force."""
-        start = next_node()
-        if self._starts and self._starts[-1] == start:
-            self._steps[-1] = step
+        start, starts = next_node(), self.starts
+        if starts and starts[-1] == start:
+            self.steps[-1] = step
             return
-        if len(self._starts) >= _MAX_BOUNDARIES:
+        if len(starts) >= _MAX_BOUNDARIES:
             half = _MAX_BOUNDARIES // 2
-            del self._starts[:half], self._steps[:half]
-        self._starts.append(start)
-        self._steps.append(step)
+            del starts[:half], self.steps[:half]
+        starts.append(start)
+        self.steps.append(step)
 
     def doubt(self, since: int | None = None) -> None:
         """The nodes since the last boundary, or since `since`, may be of another step: off."""
-        first = len(self._starts) - 1 if since is None else bisect_left(self._starts, since)
-        for index in range(max(first, 0), len(self._steps)):
-            self._steps[index] = OFF
+        first = len(self.starts) - 1 if since is None else bisect_left(self.starts, since)
+        for index in range(max(first, 0), len(self.steps)):
+            self.steps[index] = OFF
 
     def at(self, sequence_number: int) -> StepContext:
         """The step in force when the node of that number was made."""
-        index = bisect_right(self._starts, sequence_number) - 1
-        return OFF if index < 0 else self._steps[index]
+        index = bisect_right(self.starts, sequence_number) - 1
+        return OFF if index < 0 else self.steps[index]
 
 
 _KEPT: list[Timeline] = []
@@ -123,7 +130,7 @@ def hand_to_autograd(timeline: Timeline) -> None:
 
 def evaluation() -> Evaluation | None:
     """The node evaluation that this code runs in, or None outside of a backward."""
-    node: Any = _c._current_autograd_node()
+    node = current_node()
     if node is None:
         return None
     return _c._current_graph_task_id(), node._sequence_nr()
@@ -143,11 +150,6 @@ def forward_step(current: Evaluation) -> StepContext:
     if _is_begun_by_a_backward(timeline.thread):
         return OFF
     return timeline.at(current[1])
-
-
-def next_node() -> int:
-    """The number that this thread's next node will have."""
-    return _c._autograd._get_sequence_nr()
 
 
 def _is_begun_by_a_backward(calling_thread: int) -> bool:

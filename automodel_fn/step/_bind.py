@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from automodel_fn.step._ambient import current_step, step_context
+from automodel_fn.step._ambient import current_microbatch, current_step, resumed, step_context
 from automodel_fn.step._context import StepContext
 
 P = ParamSpec("P")
@@ -34,13 +34,13 @@ def bind(function: Callable[P, R]) -> Callable[P, R]:
     """
     if torch.compiler.is_compiling():
         return function
-    step = current_step()
+    step, microbatch = current_step(), current_microbatch()
 
     @wraps(function)
     def bound(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        with step_context(step):
+        with resumed(step, microbatch):
             return function(*args, **kwargs)
 
     return bound

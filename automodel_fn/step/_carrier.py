@@ -11,8 +11,6 @@ from __future__ import annotations
 import threading
 from contextvars import ContextVar
 
-import attrs
-
 from automodel_fn.step._autograd import (
     Evaluation,
     Timeline,
@@ -20,42 +18,73 @@ from automodel_fn.step._autograd import (
     evaluation,
     forward_step,
     hand_to_autograd,
+    next_node,
 )
 from automodel_fn.step._context import OFF, StepContext
 
 
-@attrs.define(eq=False)
 class Entry:
-    """One entered scope; a linked list, innermost first."""
+    """One entered scope; a linked list, innermost first.
+
+    Attributes:
+        step: Its step.
+        parent: The scope that it was entered in.
+        evaluation: The node evaluation that it was entered in.
+        task_scopes: Where it is noted, if it was entered in an asyncio task.
+        shown: What the thread shows that entered it; None outside of every scope.
+        microbatch: The number of the microbatch that it belongs to: one of its own, or that of
+            the scope which it has its `first_microbatch` from.
+        is_open: Whether it was not left.
+    """
+
+    __slots__ = ("evaluation", "is_open", "microbatch", "parent", "shown", "step", "task_scopes")
 
     step: StepContext
     parent: Entry | None
     evaluation: Evaluation | None
     task_scopes: set[Entry] | None
-    thread: int
-    is_open: bool = True
+    shown: Shown | None
+    microbatch: int
+    is_open: bool
 
 
-NOWHERE = Entry(OFF, None, None, None, 0)
-"""No scope, in what compiled code reads: of the type of one, so that it costs no further graph."""
+def _outermost(step: StepContext) -> Entry:
+    entry = Entry()
+    entry.step, entry.shown, entry.is_open = step, None, True
+    return entry
 
 
-class _Thread(threading.local):
-    """What a thread's compiled code and its backwards see of its scopes."""
+NOWHERE = _outermost(OFF)
+"""Outside of every scope."""
+
+
+class Shown:
+    """What a thread's compiled code and its backwards see of its scopes.
+
+    Compiled code reads `mirror`: a step, and no scope, so that nothing else of a scope is guarded.
+    One object a thread: reading a thread-local attribute takes as long as five others.
+    """
 
     def __init__(self) -> None:
         # Set here and not on the class: Dynamo would take a class attribute for a constant.
         self.base = NOWHERE
-        self.mirror = NOWHERE
+        self.mirror = OFF
         self.published: Entry | None = None
         self.task_scopes: set[Entry] = set()
         self.first_task_node = 0
         self.have_tasks_taken_turns = False
-        self.timeline: Timeline | None = None
+        self.timeline = Timeline()
+        # Those of the timeline, for the usual case that no node was made since the last change.
+        self.starts, self.steps = self.timeline.starts, self.timeline.steps
         self.is_handed = False
 
 
-_innermost: ContextVar[Entry | None] = ContextVar("automodel_fn_step", default=None)
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.shown = Shown()
+
+
+innermost: ContextVar[Entry | None] = ContextVar("automodel_fn_step", default=None)
 this_thread = _Thread()
 
 
@@ -64,60 +93,69 @@ def open_entry() -> Entry | None:
 
     Where it is not the one that this thread published last, tasks have taken turns unnoticed.
     """
-    entry = _innermost.get()
+    entry, shown = innermost.get(), this_thread.shown
     while entry is not None and not entry.is_open:
         entry = entry.parent
-    if entry is not this_thread.published:
-        if this_thread.task_scopes:
-            this_thread.have_tasks_taken_turns = True
-        if this_thread.timeline is not None:
-            this_thread.timeline.doubt(
-                this_thread.first_task_node if this_thread.task_scopes else None
-            )
-        _publish(entry)
+    if entry is not shown.published:
+        if shown.task_scopes:
+            shown.have_tasks_taken_turns = True
+        shown.timeline.doubt(shown.first_task_node if shown.task_scopes else None)
+        show(shown, entry)
     return entry
 
 
-def _publish(entry: Entry | None) -> None:
-    if not this_thread.task_scopes:
-        this_thread.have_tasks_taken_turns = False
-    outside = this_thread.base
-    step = OFF if this_thread.have_tasks_taken_turns else (entry or outside).step
-    is_foreign = entry is not None and entry.thread != threading.get_ident()
-    this_thread.published = entry
-    this_thread.mirror = (
-        NOWHERE if this_thread.task_scopes or is_foreign else outside if entry is None else entry
-    )
-    if this_thread.timeline is None:
+def show(shown: Shown, entry: Entry | None) -> None:
+    """Let compiled code and backwards of a thread see `entry` as its innermost scope."""
+    shown.published = entry
+    if shown.task_scopes or not shown.is_handed:
+        _show_otherwise(shown, entry or shown.base)
+        return
+    step = shown.base.step if entry is None else entry.step
+    shown.mirror = step if entry is None or entry.shown is shown else OFF
+    if shown.starts[-1] == next_node():
+        shown.steps[-1] = step
+    else:
+        shown.timeline.record(step)
+
+
+def _show_otherwise(shown: Shown, scope: Entry) -> None:
+    """The first time in a thread, in a backward, or among asyncio tasks."""
+    is_foreign = scope.shown is not None and scope.shown is not shown
+    shown.mirror = OFF if shown.task_scopes or is_foreign else scope.step
+    if not shown.is_handed and evaluation() is None:
         check_torch()
-        this_thread.timeline = Timeline()
-    if not this_thread.is_handed and evaluation() is None:
-        hand_to_autograd(this_thread.timeline)
-        this_thread.is_handed = True
-    this_thread.timeline.record(step)
+        hand_to_autograd(shown.timeline)
+        shown.is_handed = True
+    have_tasks_taken_turns = shown.task_scopes and shown.have_tasks_taken_turns
+    shown.timeline.record(OFF if have_tasks_taken_turns else scope.step)
 
 
-def change_to(entry: Entry | None) -> None:
-    _innermost.set(entry)
-    _publish(entry)
+def end(entry: Entry) -> None:
+    """Close a scope, whichever thread this is: the one that entered it shows it no more."""
+    entry.is_open = False
+    if entry.task_scopes is not None:
+        entry.task_scopes.discard(entry)
+    if entry.shown is not None and entry.shown.published is entry:
+        entry.shown.mirror = OFF
 
 
 def base_step() -> StepContext:
     """The step of this thread outside of every scope."""
-    return this_thread.base.step
+    return this_thread.shown.base.step
 
 
 def change_base(step: StepContext) -> None:
     """Change the step outside of every scope; only where no scope is open."""
-    assert this_thread.published is None
-    this_thread.base = NOWHERE if step == OFF else Entry(step, None, None, None, 0)
-    _publish(None)
+    shown = this_thread.shown
+    assert shown.published is None
+    shown.base = NOWHERE if step == OFF else _outermost(step)
+    show(shown, None)
 
 
 def step_at(entry: Entry | None, now: Evaluation | None) -> StepContext:
     """The step in force where `entry` is the innermost scope; in a backward, only if of there."""
     if now is None or (entry is not None and entry.evaluation == now):
-        return this_thread.base.step if entry is None else entry.step
+        return this_thread.shown.base.step if entry is None else entry.step
     return forward_step(now)
 
 

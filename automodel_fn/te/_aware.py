@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from torch import nn
 
-from automodel_fn.step._ambient import current_step
+from automodel_fn.step._ambient import eager_step
+from automodel_fn.te._cache import microbatch_flag
 from automodel_fn.te._forward import wrapped_forward
-from automodel_fn.te._record import aware, lock
+from automodel_fn.te._load import recipe_reader
+from automodel_fn.te._record import aware, is_strict, lock
 
 
 def step_aware(cls: type[nn.Module], field: str) -> type[Any]:
@@ -36,6 +38,8 @@ def _subclass(cls: type[nn.Module], field: str) -> type[Any]:
     def inherited(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
 
+    told = partial(microbatch_flag, recipe_reader(), partial(is_strict, cls))
+
     def reduced(self: nn.Module, protocol: Any) -> Any:
         how = cls.__reduce_ex__(self, protocol)
         if type(self) is not made or not isinstance(how, tuple):
@@ -51,7 +55,7 @@ def _subclass(cls: type[nn.Module], field: str) -> type[Any]:
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__reduce_ex__": reduced,
-            "forward": wrapped_forward(inherited, field, current_step, cls.__name__),
+            "forward": wrapped_forward(inherited, field, eager_step, cls.__name__, told),
         },
     )
     return made

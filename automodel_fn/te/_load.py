@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from automodel_fn.errors import BackendUnavailableError
@@ -35,6 +37,47 @@ def load_te_classes() -> TEClasses:
             "pip install --upgrade 'transformer-engine[pytorch]>=2.0'."
         )
     return TEClasses(**{field: getattr(module, name) for field, name in _NAMES.items()})
+
+
+def recipe_reader() -> Callable[[], object]:
+    """What gives the FP8 recipe in force, and None where FP8 is off.
+
+    Of the Transformer Engine that is imported; without one it gives a word that never changes.
+    """
+    for name in ("quantization", "fp8"):
+        manager = getattr(sys.modules.get(f"{_MODULE}.{name}"), "FP8GlobalStateManager", None)
+        if manager is not None:
+            return _Recipes(manager)
+    return lambda: "unknown"
+
+
+class _Recipes:
+    """Gives equal recipes as one object, so that asking for a change is mostly asking who it is.
+
+    A program that makes a recipe for each autocast would otherwise have every module compare them.
+    """
+
+    __slots__ = ("_given", "_manager", "_seen")
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._seen: object = None
+        self._given: object = None
+
+    def __call__(self) -> object:
+        # The state and not its methods, where there is one: every forward asks.
+        state = getattr(self._manager, "quantization_state", None)
+        if state is None:
+            enabled, recipe = self._manager.is_fp8_enabled(), self._manager.get_fp8_recipe()
+        else:
+            enabled, recipe = state.fp8_enabled, state.fp8_recipe or "default"
+        if not enabled:
+            return None
+        if recipe is not self._seen:
+            if type(recipe) is not type(self._given) or recipe != self._given:
+                self._given = recipe
+            self._seen = recipe
+        return self._given
 
 
 def _import() -> Any:

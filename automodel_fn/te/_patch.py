@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
+from typing import Literal, get_args
 
 from torch import nn
 
-from automodel_fn.errors import PatchError, itemized
-from automodel_fn.step._ambient import current_step
+from automodel_fn.errors import ConfigError, PatchError, itemized
+from automodel_fn.step._ambient import eager_step
+from automodel_fn.te._cache import RecipeReader, microbatch_flag
 from automodel_fn.te._classes import TEClasses
 from automodel_fn.te._forward import StepReader, wrapped_forward
-from automodel_fn.te._load import load_te_classes
+from automodel_fn.te._load import load_te_classes, recipe_reader
 from automodel_fn.te._record import (
     Patched,
     is_disturbed,
     is_in_force,
+    is_strict,
     is_wrapped,
     lock,
     release,
     take,
 )
+
+OnStale = Literal["refresh", "raise"]
 
 
 class PatchHandle:
@@ -28,6 +34,7 @@ class PatchHandle:
     The classes are wrapped while at least one handle is left.
 
     Example:
+        >>> from automodel_fn.step._ambient import current_step
         >>> from automodel_fn.te._patch import patch_classes
         >>> from automodel_fn.testing import te_stand_ins
         >>> classes = te_stand_ins()
@@ -38,11 +45,17 @@ class PatchHandle:
         PatchHandle(is_active=False)
     """
 
-    __slots__ = ("_classes", "_is_active")
+    __slots__ = ("_classes", "_is_active", "_on_stale")
 
-    def __init__(self, classes: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, classes: tuple[type[nn.Module], ...], on_stale: OnStale) -> None:
         self._classes = classes
         self._is_active = True
+        self._on_stale: OnStale = on_stale
+
+    @property
+    def on_stale(self) -> OnStale:
+        """What becomes of a kept weight that is stale: "refresh" or "raise"."""
+        return self._on_stale
 
     @property
     def is_active(self) -> bool:
@@ -84,7 +97,7 @@ class PatchHandle:
         return f"PatchHandle(is_active={self._is_active})"
 
 
-def patch_te() -> PatchHandle:
+def patch_te(*, on_stale: OnStale = "refresh") -> PatchHandle:
     """Let Transformer Engine's modules see the step context, and infer shapes without memory.
 
     `Linear`, `GroupedLinear`, `LayerNormLinear`, `LayerNormMLP`, `MultiheadAttention` and
@@ -95,14 +108,21 @@ def patch_te() -> PatchHandle:
 
     Each call has its own handle; the classes are wrapped once, and unwrapped with the last handle.
 
-    The weights are not looked at: one that changes between the first microbatch and a later one is
-    used as it was, until the next first one.
+    A quantized weight is reused in a later microbatch only if the weight has not changed since it
+    was made, nor the recipe; otherwise it is made anew, and counted (`cache_counts`). What cannot
+    be noticed needs `invalidate`. A module that runs twice in one first microbatch reuses it, too.
+    With `fuse_wgrad_accumulation` gradients are always added to `main_grad`, as without caching.
+
+    Args:
+        on_stale: "refresh", or "raise": a weight or a recipe that has changed between the first
+            microbatch and a later one is a StaleWeightError, as long as this handle is active.
 
     Returns:
         A PatchHandle: a context manager, with `remove()`.
 
     Raises:
         BackendUnavailableError: Transformer Engine cannot be imported here, or is too old.
+        ConfigError: `on_stale` is neither.
         PatchError: A `forward` is not one that can be wrapped.
 
     Source:
@@ -118,19 +138,28 @@ def patch_te() -> PatchHandle:
         ...     print("Transformer Engine" in str(error))
         True
     """
-    return patch_classes(load_te_classes(), current_step)
+    _check(on_stale)
+    classes = load_te_classes()
+    return patch_classes(classes, eager_step, recipe_reader(), on_stale)
 
 
-def patch_classes(classes: TEClasses, read_step: StepReader) -> PatchHandle:
-    """As `patch_te`, for the classes of a record and any reader of the step.
+def patch_classes(
+    classes: TEClasses,
+    read_step: StepReader,
+    read_recipe: RecipeReader = lambda: "quantized",
+    on_stale: OnStale = "refresh",
+) -> PatchHandle:
+    """As `patch_te`, for the classes of a record, and any reader of the step and of the recipe.
 
     Raises:
+        ConfigError: `on_stale` is none of its values.
         PatchError: A `forward` is not one that can be wrapped, or ours was replaced; all are
             listed and nothing was changed.
     """
+    _check(on_stale)
     with lock:
-        to_take = _patched(classes, read_step)
-        handle = PatchHandle(tuple(patched.cls for patched in to_take))
+        to_take = _patched(classes, read_step, read_recipe)
+        handle = PatchHandle(tuple(patched.cls for patched in to_take), on_stale)
         try:
             for patched in to_take:
                 take(patched, handle)
@@ -140,7 +169,14 @@ def patch_classes(classes: TEClasses, read_step: StepReader) -> PatchHandle:
         return handle
 
 
-def _patched(classes: TEClasses, read_step: StepReader) -> tuple[Patched, ...]:
+def _check(on_stale: object) -> None:
+    if on_stale not in get_args(OnStale):
+        raise ConfigError(f"on_stale={on_stale!r} must be 'refresh' or 'raise'.")
+
+
+def _patched(
+    classes: TEClasses, read_step: StepReader, read_recipe: RecipeReader
+) -> tuple[Patched, ...]:
     """What is to be wrapped, and how; changes nothing."""
     made: list[Patched] = []
     wrong: list[str] = []
@@ -149,7 +185,8 @@ def _patched(classes: TEClasses, read_step: StepReader) -> tuple[Patched, ...]:
             wrong.append(f"{cls.__name__}.forward is {cls.forward!r}")
             continue
         try:
-            wrapped = wrapped_forward(cls.forward, field, read_step, cls.__name__)
+            told = partial(microbatch_flag, read_recipe, partial(is_strict, cls))
+            wrapped = wrapped_forward(cls.forward, field, read_step, cls.__name__, told)
             made.append(Patched(cls, wrapped=wrapped))
         except PatchError as error:
             wrong.append(str(error))

@@ -61,6 +61,14 @@ def is_disturbed(cls: type[nn.Module], holder: object) -> bool:
     )
 
 
+def is_strict(cls: type[nn.Module]) -> bool:
+    """Whether some holder of the class wants a stale weight to be an error."""
+    patched = _record.get(cls)
+    return patched is not None and any(
+        getattr(holder, "on_stale", "refresh") == "raise" for holder in patched.holders
+    )
+
+
 def take(patched: Patched, holder: object) -> None:
     """Wrap the class, if it is not yet, for one holder more."""
     # The record first: from there on an interruption at any point can be rolled back.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -55,7 +56,7 @@ def is_tensor_abstract(tensor: torch.Tensor) -> bool:
 
 def _is_any(tensor: torch.Tensor, answer: Callable[[torch.Tensor], bool]) -> bool:
     """The answer for a tensor, or for any of those that it wraps."""
-    if torch.compiler.is_compiling() or _is_graph_recorded():
+    if is_compiling() or _is_graph_recorded():
         return tensor.device.type == "meta"
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()

@@ -77,11 +77,12 @@ def check_patch_reversible(
 def check_patch_passes_step(
     events: Iterable[PatchEvent | None], classes: TEClasses | None = None
 ) -> None:
-    """Law: a patched forward is given exactly the step of its scope, and its caller's word wins.
+    """Law: a patched forward is given the step of its scope, and uses the weight as it is.
 
-    A `Linear` that keeps its quantized weight runs through the events beside a slow model of that
-    rule, which is told the step by a plain list. Each output, and each count, must be the model's;
-    a recompute must be given what its forward was given.
+    Its caller's word wins. A `Linear` that keeps its quantized weight runs through the events
+    beside a slow model of that rule, which is told the step by a plain list, and compares versions.
+    Each output, and each count, must be the model's; a recompute must be given what its forward
+    was.
 
     Args:
         events: What happens, in order. A StepContext: its scope is entered. "leave": the innermost
@@ -112,16 +113,33 @@ class _Cache:
 
     version: int = 0
     kept: int | None = None
+    known: int | None = None
+    microbatch: int | None = None
     count: int = 0
 
-    def used(self, first: bool | None) -> int:
-        """The version that a call with `first` computes with."""
+    def given(self, first: bool | None) -> int:
+        """The version that a call computes with whose caller gives `first`."""
         used = self.kept if first is False else None
         if used is None:
             used, self.count = self.version, self.count + 1
         if first is not None:
             self.kept = used
         return used
+
+    def stepped(self, first: bool | None, microbatch: int | None) -> int:
+        """The version that a call computes with in a microbatch, or in none if it is a recompute.
+
+        A second call in a first microbatch is one in a later one; there, what is kept is dropped
+        if it is not known to be of the weight as it is.
+        """
+        is_first = first and (microbatch is None or microbatch != self.microbatch)
+        if is_first and microbatch is not None:
+            self.microbatch = microbatch
+        if first is not None:
+            if not is_first and self.known != self.version:
+                self.kept = None
+            self.known = self.version
+        return self.given(first if first is None else bool(is_first))
 
 
 class _Run:
@@ -130,17 +148,20 @@ class _Run:
     def __init__(self, cls: type[Any]) -> None:
         self.layer, self.cache = cls(_TINY, _TINY), _Cache()
         self.weights = [self.layer.weight.detach().clone()]
-        self.scopes: list[tuple[step_context, StepContext]] = []
+        self.scopes: list[tuple[step_context, StepContext, int]] = []
+        self.num_scopes = 0
         self.pending: list[tuple[torch.Tensor, bool | None]] = []
         self.inp = torch.linspace(-1, 1, 2 * _TINY).view(2, _TINY)
 
     def happens(self, event: PatchEvent | None) -> None:
         """Let one event happen to both, and compare them."""
         step = self.scopes[-1][1].first_microbatch if self.scopes else None
+        microbatch = self.scopes[-1][2] if self.scopes else None
         if isinstance(event, StepContext):
             scope = step_context(event)
             scope.__enter__()
-            self.scopes.append((scope, event))
+            self.num_scopes += 1
+            self.scopes.append((scope, event, self.num_scopes))
         elif event == "leave":
             self._leave()
         elif event == "change":
@@ -148,15 +169,16 @@ class _Run:
         elif event == "backward":
             self._backward()
         elif event == "forward":
-            self._compare(self.layer(self.inp), step)
+            self._compare(self.layer(self.inp), self.cache.stepped(step, microbatch), step)
         elif event == "checkpoint":
             inp = self.inp.clone().requires_grad_()
             out: Any = checkpoint(self.layer, inp, use_reentrant=False)
-            self._compare(out, step)
+            self._compare(out, self.cache.stepped(step, microbatch), step)
             self.pending.append((out, step))
         else:
             demand(event in (None, True, False), f"{event!r} is no event")
-            self._compare(self.layer(self.inp, is_first_microbatch=event), event)
+            out = self.layer(self.inp, is_first_microbatch=event)
+            self._compare(out, self.cache.given(event), event)
 
     def leave_all(self) -> None:
         while self.scopes:
@@ -175,12 +197,12 @@ class _Run:
     def _backward(self) -> None:
         for out, first in self.pending:
             out.sum().backward()
-            self.cache.used(first)
+            self.cache.stepped(first, None)
             self._demand_state(f"a recompute of a forward in first_microbatch={first}")
         self.pending.clear()
 
-    def _compare(self, out: torch.Tensor, first: bool | None) -> None:
-        used = self.weights[self.cache.used(first)]
+    def _compare(self, out: torch.Tensor, version: int, first: bool | None) -> None:
+        used = self.weights[version]
         rounded = used.to(torch.float8_e4m3fn).to(used.dtype)
         expected = F.linear(self.inp, rounded, self.layer.bias)
         where = f"a forward in first_microbatch={first}"

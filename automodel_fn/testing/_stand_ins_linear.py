@@ -16,20 +16,20 @@ class Quantizing(nn.Module):
         super().__init__()
         self.use_bias, self.return_bias = bias, return_bias
         self.num_quantizations = 0
-        self._kept: dict[str, torch.Tensor] = {}
+        self._fp8_workspaces: dict[str, torch.Tensor] = {}
 
     def quantized(
         self, name: str, is_first_microbatch: bool | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """The weight of that name, rounded to float8 and back, or the one that was kept."""
         weight = getattr(self, name)
-        rounded = self._kept.get(name) if is_first_microbatch is False else None
+        rounded = self._fp8_workspaces.get(name) if is_first_microbatch is False else None
         if rounded is None:
             # Not where it is compiled: there it would be a constant, and compiled anew each time.
             self.num_quantizations += not torch.compiler.is_compiling()
             rounded = weight.detach().to(torch.float8_e4m3fn).to(weight.dtype)
         if is_first_microbatch is not None:
-            self._kept[name] = rounded
+            self._fp8_workspaces[name] = rounded
         # The value is the rounded one, bit for bit; the gradient goes to the weight.
         return (rounded + (weight - weight.detach())).to(dtype)
 

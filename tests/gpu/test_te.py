@@ -109,6 +109,19 @@ def same(one, other):
     return torch.equal(bits(one), bits(other))
 
 
+def difference(one, other):
+    apart = (one.float() - other.float()).abs()
+    number, most = int((apart != 0).sum()), float(apart.max())
+    broken = int((~apart.isfinite()).sum())
+    return f"{number} of {apart.numel()} values by at most {most}; not finite: {broken}"
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(monkeypatch):
+    """What Transformer Engine's attention asks for when it is made; its default may use atomics."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+
+
 def own_of(classes):
     return [[(name, id(value)) for name, value in vars(cls).items()] for _, cls in classes.items()]
 
@@ -150,14 +163,17 @@ def test_later_microbatches_have_the_bits_of_no_caching(made, fp8, field):
     module = made(field)
     inputs = [example(field, seed) for seed in range(3)]
     plain = []
-    for inp in inputs:
+    for inp in inputs * 2:
         with fp8():
             plain.append(call(module, field, inp))
+    # Where two runs without caching differ, the kernels do, and the cache is not to blame.
+    for one, other in zip(plain[:3], plain[3:], strict=True):
+        assert same(one, other), f"not deterministic without caching: {difference(one, other)}"
     with patch_te():
-        for step, inp in accumulate(inputs, len(inputs)):
+        for (step, inp), one in zip(accumulate(inputs, len(inputs)), plain[3:], strict=True):
             with step_context(step), fp8():
                 out = call(module, field, inp)
-            assert same(out, plain.pop(0))
+            assert same(out, one), f"caching changes the output: {difference(one, out)}"
     kept = [m for m in module.modules() if getattr(m, "_fp8_workspaces", None)]
     assert kept
 
@@ -178,7 +194,7 @@ def test_gradients_have_the_bits_of_no_caching(made, fp8, field):
 
 
 @stepping
-def test_a_changed_weight_is_fresh_in_a_first_microbatch_and_stale_in_a_later_one(made, fp8, field):
+def test_a_changed_weight_is_fresh_in_every_microbatch(made, fp8, field):
     module, inp = made(field), example(field)
 
     def run(first):
@@ -190,9 +206,9 @@ def test_a_changed_weight_is_fresh_in_a_first_microbatch_and_stale_in_a_later_on
         with torch.no_grad():
             for weight in quantized_weights(module):
                 weight.mul_(-1.5)
-        stale, fresh, again = run(False), run(None), run(True)
-    assert same(stale, before)
+        later, fresh, again = run(False), run(None), run(True)
     assert not same(fresh, before)
+    assert same(later, fresh)
     assert same(again, fresh)
 
 

@@ -247,3 +247,32 @@ def test_reading_the_step_in_a_recompute_keeps_no_tensor_alive(use_reentrant):
         assert [reference() for reference in alive] == [None, None]
     finally:
         gc.enable()
+
+
+@both_modes
+@pytest.mark.parametrize("is_entered_outside", [True, False])
+def test_code_before_a_scope_that_a_checkpointed_function_enters_may_see_it(
+    leaf, use_reentrant, is_entered_outside
+):
+    """What is documented as wrong, and the way around it: enter scopes outside of checkpoints."""
+    seen = []
+
+    def inside(x):
+        seen.append(current_step())
+        with step_context(LATER):
+            return x.sin()
+
+    def around(x):
+        seen.append(current_step())
+        return x.sin()
+
+    with step_context(FIRST):
+        if is_entered_outside:
+            out = checkpoint(around, leaf, use_reentrant=use_reentrant)
+        else:
+            out = checkpoint(inside, leaf, use_reentrant=use_reentrant)
+    out.sum().backward()
+    # Of a reentrant checkpoint one node is made, after the function has run; of the other one the
+    # nodes are those of the function, and the recompute works for one that was made in the scope.
+    is_wrong = not is_entered_outside and not use_reentrant
+    assert seen == [FIRST, LATER if is_wrong else FIRST]

@@ -143,3 +143,46 @@ def test_what_is_no_step_is_an_error_and_runs_nothing(step):
     with pytest.raises(ConfigError, match="must be a StepContext"), wrong:
         ran.append(step)
     assert ran == []
+
+
+def test_on_two_ranks_nothing_is_reduced_before_the_optimizer_step(on_two_ranks):
+    on_two_ranks("""
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from automodel_fn import accumulate, gradient_sync
+
+calls = []
+# Which of the two FSDP2 calls depends on the version of PyTorch.
+names = ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce")
+for name in (name for name in names if hasattr(dist, name)):
+    def counted(*args, original=getattr(dist, name), **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+    setattr(dist, name, counted)
+
+def seen(model, is_held):
+    found = []
+    for step, batch in accumulate([torch.ones(2, 4)] * 5, 2):
+        before = len(calls)
+        if is_held:
+            with gradient_sync(model, step):
+                model(batch).sum().backward()
+        else:
+            model(batch).sum().backward()
+        found.append(len(calls) - before)
+    return found
+
+layers = [fully_shard(nn.Linear(4, 4), mesh=mesh) for _ in range(2)]
+model = fully_shard(nn.Sequential(*layers), mesh=mesh)
+assert seen(model, True) == [0, 2, 0, 2, 2], seen(model, True)
+assert seen(model, False) == [2] * 5
+
+def hook(state, bucket):
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+ddp = DistributedDataParallel(nn.Linear(4, 4))
+ddp.register_comm_hook(None, hook)
+assert seen(ddp, True) == [0, 1, 0, 1, 1]
+assert seen(ddp, False) == [1] * 5
+""")

@@ -138,3 +138,50 @@ def test_a_hook_of_interleaved_tasks_is_off_or_right(num_turns):
     asyncio.run(together())
     assert len(seen) == 1
     assert seen[0] in (LATER, OFF)
+
+
+def test_a_scope_that_is_used_again_is_not_that_of_a_task_which_began_in_its_first_use():
+    scope = step_context(FIRST)
+
+    async def look(go):
+        await go.wait()
+        return current_step()
+
+    async def used_twice():
+        go = asyncio.Event()
+        with scope:
+            task = asyncio.create_task(look(go))
+        with step_context(LATER), scope:
+            go.set()
+            return await task
+
+    assert asyncio.run(used_twice()) == OFF
+
+
+@both_modes
+def test_a_backward_from_a_thread_with_scopes_of_its_own_reads_its_timeline(
+    block, leaf, in_thread, use_reentrant
+):
+    """What is documented as wrong: numbers of nodes are counted by thread, and cannot be told."""
+    with step_context(FIRST):
+        out = checkpoint(block, leaf, use_reentrant=use_reentrant).sum()
+
+    def work():
+        with step_context(LAST):
+            out.backward()
+
+    in_thread(work)
+    assert block.seen == [FIRST, LAST]
+
+
+@both_modes
+def test_bind_is_right_in_a_thread_with_scopes_of_its_own(block, leaf, in_thread, use_reentrant):
+    with step_context(FIRST):
+        out = checkpoint(bind(block), leaf, use_reentrant=use_reentrant).sum()
+
+    def work():
+        with step_context(LAST):
+            out.backward()
+
+    in_thread(work)
+    assert block.seen == [FIRST, FIRST]

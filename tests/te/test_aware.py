@@ -62,7 +62,7 @@ def test_the_class_stays_as_it_is(classes, class_dicts, x):
     plain = classes.linear(4, 6)
     with step_context(first_microbatch=True):
         plain(x)
-    assert not plain._kept
+    assert not plain._fp8_workspaces
 
 
 def test_the_subclass_looks_like_its_class(classes):
@@ -96,11 +96,11 @@ def test_a_subclass_is_made_once(classes, in_thread):
 def test_an_argument_of_the_caller_wins(layer, x):
     with step_context(first_microbatch=True):
         layer(x, None)
-        assert not layer._kept
+        assert not layer._fp8_workspaces
         layer(x, is_first_microbatch=None)
-        assert not layer._kept
+        assert not layer._fp8_workspaces
         layer(x, False)
-        assert layer._kept
+        assert layer._fp8_workspaces
 
 
 def test_shapes_are_inferred_without_memory(aware, classes):
@@ -138,10 +138,10 @@ def test_a_recompute_passes_the_step_of_its_forward(layer, use_reentrant):
     inp = torch.ones(1, 4, requires_grad=True)
     with step_context(first_microbatch=True):
         out = checkpoint(layer, inp, use_reentrant=use_reentrant)
-    layer._kept.clear()
+    layer._fp8_workspaces.clear()
     with step_context(first_microbatch=None):
         out.sum().backward()
-    assert layer._kept
+    assert layer._fp8_workspaces
 
 
 def test_a_forward_that_cannot_be_wrapped_is_an_error(classes):
@@ -206,7 +206,7 @@ def test_a_copy_sees_the_step(copied, x):
     other = copied(step_aware(Linear, "linear")(4, 6))
     with step_context(first_microbatch=True):
         other(x)
-    assert other._kept
+    assert other._fp8_workspaces
 
 
 def test_a_pickle_of_a_plain_module_stays_plain(x):

@@ -67,7 +67,7 @@ def test_handles_are_given_back_in_any_order(classes, patch, class_dicts, order)
 def test_the_classes_are_wrapped_once_whatever_the_number_of_handles(classes, patch):
     original = classes.linear.forward
     with patch(), patch(), patch():
-        assert classes.linear.forward.__wrapped__.__wrapped__ is original
+        assert classes.linear.forward.__wrapped__ is original
 
 
 def test_removing_twice_is_removing_once(classes, patch, class_dicts):
@@ -158,13 +158,13 @@ def test_modules_made_before_the_patch_see_it_and_lose_it(classes, patch, made):
     layer = made(classes, "linear")
     with step_context(first_microbatch=True):
         layer(torch.ones(1, 4))
-        assert not layer._kept
+        assert not layer._fp8_workspaces
         with patch():
             layer(torch.ones(1, 4))
-        assert layer._kept
-        layer._kept.clear()
+        assert layer._fp8_workspaces
+        layer._fp8_workspaces.clear()
         layer(torch.ones(1, 4))
-    assert not layer._kept
+    assert not layer._fp8_workspaces
 
 
 def test_subclasses_of_a_patched_class_see_the_step(classes, patch):
@@ -175,7 +175,7 @@ def test_subclasses_of_a_patched_class_see_the_step(classes, patch):
     layer = Own(4, 6)
     with patch(), step_context(first_microbatch=True):
         layer(torch.ones(1, 4))
-    assert layer._kept
+    assert layer._fp8_workspaces
 
 
 def test_two_records_of_classes_are_patched_apart(classes, class_dicts):
@@ -256,7 +256,7 @@ def test_under_a_wrapper_of_someone_else_the_patch_is_still_in_force(classes, pa
             layer = made(classes, "linear")
             with step_context(first_microbatch=True):
                 layer(torch.ones(1, 4))
-        assert layer._kept
+        assert layer._fp8_workspaces
         classes.linear.forward = ours
 
 
@@ -420,7 +420,7 @@ def test_patch_te_patches_what_transformer_engine_has(classes, transformer_engin
         layer = classes.linear(4, 6)
         with step_context(first_microbatch=True):
             layer(torch.ones(1, 4))
-        assert layer._kept
+        assert layer._fp8_workspaces
     assert class_dicts(classes) == before
 
 

@@ -13,6 +13,7 @@ EVENTS = (
     *(FIRST, "forward", "change", LATER, "forward", None, "leave", "leave"),
     *("change", "forward", FIRST, "checkpoint", LATER, "change", "checkpoint"),
     *("leave", "leave", "change", "backward", True, False),
+    *("change", "forward", LATER, "forward", "leave"),
 )
 
 
@@ -157,7 +158,7 @@ STEPS = {
     "the opposite": lambda step: StepContext(
         None if step.first_microbatch is None else not step.first_microbatch
     ),
-    "a later one where it is off": lambda step: LATER if step.first_microbatch is None else step,
+    "the first where it is off": lambda step: FIRST if step.first_microbatch is None else step,
 }
 
 

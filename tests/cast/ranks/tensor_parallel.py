@@ -35,7 +35,11 @@ def feed():
 
 
 def split(model, mesh=None):
-    plan = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()}
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(),
+    }
     return parallelize_module(model, mesh or the_mesh(), plan)
 
 

@@ -1,0 +1,57 @@
+"""Host time of short calls, measured in turns: a machine that slows down slows all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+Loop = Callable[[int], object]
+"""Does something as often as it is told."""
+
+
+def interleaved_ns(loops: Mapping[str, Loop], *, calls: int, rounds: int) -> dict[str, list[float]]:
+    """Nanoseconds a call of each loop, in each round; the collector is paused.
+
+    Args:
+        loops: What is measured, by name; each is run once before.
+        calls: How often a loop does its thing in one round.
+        rounds: How many rounds.
+    """
+    found: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop(calls)
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, loop in loops.items():
+                start = time.perf_counter_ns()
+                loop(calls)
+                found[name].append((time.perf_counter_ns() - start) / calls)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return found
+
+
+def median_difference(ours: list[float], base: list[float]) -> float:
+    """The median over the rounds of one minus the other.
+
+    Example:
+        >>> median_difference([3.0, 9.0, 4.0], [1.0, 2.0, 1.0])
+        3.0
+    """
+    return statistics.median(one - other for one, other in zip(ours, base, strict=True))
+
+
+def median_ratio(ours: list[float], base: list[float]) -> float:
+    """The median over the rounds of one divided by the other.
+
+    Example:
+        >>> median_ratio([3.0, 8.0, 4.0], [1.0, 2.0, 1.0])
+        4.0
+    """
+    return statistics.median(one / other for one, other in zip(ours, base, strict=True))
