@@ -39,6 +39,13 @@ def test_a_recompute_on_a_device_thread_sees_the_forwards_step(seen, mode):
 
 
 @modes
+def test_two_threads_that_recompute_at_once_each_see_their_own_forwards_step(seen, mode):
+    forwards, recomputes = seen[f"at once {mode}"][:2], seen[f"at once {mode}"][2:]
+    assert forwards == [[True, True], [True, False]]
+    assert sorted(recomputes) == [[False, False], [True, True]]
+
+
+@modes
 def test_bind_is_right_on_a_device_thread(seen, mode):
     assert seen[f"bound {mode}"] == [[True, True], [False, True]]
 
@@ -141,6 +148,28 @@ def run(use_reentrant, wrap=lambda function: function, **options):
     return looker.seen
 
 
+def at_once(use_reentrant):
+    """One backward of two recomputes, on the main thread and the device's, under way at once."""
+    looker, meeting = Looker(), threading.Barrier(2, timeout=60)
+
+    def block(x):
+        is_recompute = len(looker.seen) >= 2
+        if is_recompute:
+            meeting.wait()
+        looker.look()
+        if is_recompute:
+            meeting.wait()
+        return x * x
+
+    options = {"use_reentrant": use_reentrant, "preserve_rng_state": False}
+    with step_context(first_microbatch=True):
+        on_host = checkpoint(block, torch.ones((), requires_grad=True), **options)
+    with step_context(first_microbatch=False):
+        there = checkpoint(block, on_device().requires_grad_(), **options)
+    torch.autograd.backward([on_host, there], [torch.ones(()), on_device()])
+    return looker.seen
+
+
 def hooked():
     looker = Looker()
     with step_context(first_microbatch=True):
@@ -198,6 +227,7 @@ def look_at_all():
     for mode, use_reentrant in (("reentrant", True), ("non_reentrant", False)):
         seen[f"1f1b {mode}"] = run(use_reentrant, **options)
         seen[f"bound {mode}"] = run(use_reentrant, bind, **one)
+        seen[f"at once {mode}"] = at_once(use_reentrant)
     seen["context_fn"] = run(False, context_fn=checkpoint_context_fn, **one)
     seen["nested"] = run(True, lambda block: partial(nested, block), **one)
     seen["nested bound"] = run(True, lambda block: partial(nested, block, wrap=bind), **one)
