@@ -16,6 +16,7 @@ from automodel_fn.bench._loops import median_difference, median_ratio
 from automodel_fn.bench._spec import FULL, QUICK, Benchmark, Case, Measure, Measured, Subject
 from automodel_fn.step._ambient import step_context
 from automodel_fn.step._context import StepContext
+from automodel_fn.te._cache import cache_counts
 from automodel_fn.te._load import load_te_classes
 from automodel_fn.te._patch import patch_te
 
@@ -95,13 +96,18 @@ def _measured(forward: Forward, is_te: bool, is_patched: bool, case: Case) -> Me
     finally:
         if handle is not None:
             handle.remove()
+    counts = cache_counts(layer)
+    is_kept = counts.reused > 0 and counts.refreshed == 0
     return Measured(
         {
             "accumulate_ms": statistics.median(times),
             "added_host_us": None if added is None else added[0],
             "added_host_percent": None if added is None else added[1],
         },
-        facts={"is_host_within_1_percent": None if added is None else int(added[1] <= 1)},
+        facts={
+            "is_host_within_1_percent": None if added is None else int(added[1] <= 1),
+            "is_weight_kept": int(is_kept) if is_patched else None,
+        },
     )
 
 
@@ -183,7 +189,7 @@ BENCHMARK = Benchmark(
             measure=partial(_measured, _by_step, True, True),
             load=load_te_classes,
             package="transformer-engine",
-            claims=("is_host_within_1_percent",),
+            claims=("is_host_within_1_percent", "is_weight_kept"),
         ),
         Subject(
             "te.Linear, not cached",

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
+from automodel_fn.backend._remarks import remarks
 from automodel_fn.backend._resolve import resolve
 from automodel_fn.plans import Row
 from automodel_fn.render._groups import size_text
@@ -17,7 +18,7 @@ from automodel_fn.render._table import simple_table
 
 
 def availability_tables(found: Availability) -> Iterator[Table]:
-    """Versions, devices, backends, and what is chosen of them by default; a table each."""
+    """Versions, devices, backends, what is chosen by default, and remarks; a table each."""
     versions = [
         ("python", found.python, ""),
         ("torch", found.torch, f"CUDA {found.cuda or 'none'}"),
@@ -34,6 +35,9 @@ def availability_tables(found: Availability) -> Iterator[Table]:
     yield simple_table("Backends", ("backend", "runs here", "why"), verdicts)
     chosen = [(r.name, r.after, r.reason) for r in _default(found) if r.action == "choose"]
     yield simple_table("What BackendConfig() chooses here", ("field", "runs", "why"), chosen)
+    known = remarks(found)
+    if known:
+        yield simple_table("Good to know", ("package", "remark"), known)
 
 
 def availability_json(found: Availability) -> str:
@@ -43,7 +47,13 @@ def availability_json(found: Availability) -> str:
         {"field": row.name, "asked": row.before, "runs": row.after, "reason": row.reason}
         for row in _default(found)
     ]
-    parts = {**attrs.asdict(found), "backends": verdicts, "default_backend": default}
+    known = [{"package": package, "remark": remark} for package, remark in remarks(found)]
+    parts = {
+        **attrs.asdict(found),
+        "backends": verdicts,
+        "default_backend": default,
+        "remarks": known,
+    }
     return json.dumps(parts, indent=1) + "\n"
 
 
