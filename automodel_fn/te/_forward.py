@@ -33,7 +33,7 @@ def with_step(
     forward: Forward,
     read_step: StepReader,
     name: str,
-    told: Told = lambda module, first: first,
+    told: Told | None = None,
     rule: ShapeRule | None = None,
 ) -> Forward:
     """A forward that takes `is_first_microbatch` from the step unless its caller gives it.
@@ -44,7 +44,7 @@ def with_step(
         forward: The unbound forward of a class.
         read_step: Gives the step in force; called once a forward, in eager code only.
         name: What the forward is called in an error.
-        told: What a module is told in a microbatch that is the first one, or is not.
+        told: What a module is told in a microbatch that is the first one, or is not; None: so.
         rule: As in `with_shape_rule`; one function that does both takes half of the time of two.
 
     Raises:
@@ -79,7 +79,8 @@ def with_step(
         first = read_step().first_microbatch
         if first is None:
             return forward(self, inp) if is_plain else forward(self, *args, **kwargs)
-        first = told(self, first)
+        if told is not None:
+            first = told(self, first)
         try:
             if is_plain:
                 return forward(self, inp, is_first_microbatch=first)
@@ -118,7 +119,7 @@ def wrapped_forward(
     field: str,
     read_step: StepReader,
     name: str,
-    told: Told = lambda module, first: first,
+    told: Told | None = None,
 ) -> Forward:
     """The forward of the class of a field of TEClasses, as the patch makes it.
 
@@ -127,7 +128,7 @@ def wrapped_forward(
         field: Which of the classes it is of.
         read_step: Gives the step in force.
         name: What the class is called in an error.
-        told: What a module is told in a microbatch that is the first one, or is not.
+        told: What a module is told in a microbatch that is the first one, or is not; None: so.
 
     Raises:
         PatchError: It should take `is_first_microbatch` and does not.
