@@ -148,3 +148,19 @@ def test_a_large_cast_that_runs_out_of_memory_is_finished(monkeypatch):
 
     for parameter, alone in zip(model, expected, strict=True):
         assert torch.equal(parameter.detach().view(torch.int16), alone.view(torch.int16))
+
+
+def test_a_plan_that_was_made_before_its_model_moved_to_the_gpu_holds_there():
+    model = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32))
+    plan = cast_plan(model, bf16, keep_fp32="1")
+    objects = list(map(id, model.parameters()))
+    model.cuda()
+    assert objects == list(map(id, model.parameters()))
+    expected = [model[0].weight.detach().to(bf16), model[1].weight.detach().clone()]
+
+    apply(plan)
+
+    for tensor, wanted in zip((model[0].weight, model[1].weight), expected, strict=True):
+        assert tensor.is_cuda
+        assert tensor.dtype == wanted.dtype
+        assert torch.equal(tensor.detach().view(torch.uint8), wanted.view(torch.uint8))
