@@ -37,14 +37,14 @@ def gloo():
 
 
 @pytest.fixture
-def on_two_ranks(tmp_path):
-    """Runs source in two processes that have `rank`, `mesh`, `torch` and `dist`."""
+def in_two_processes(tmp_path):
+    """Runs source in two processes, given a rank and a file to meet at; returns what each says."""
 
-    def run(source):
+    def run(source, environment):
         running = [
             subprocess.Popen(
-                [sys.executable, "-c", START + source + END, str(rank), str(tmp_path / "store")],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                [sys.executable, "-c", source, str(rank), str(tmp_path / "store")],
+                env=os.environ | environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -58,6 +58,17 @@ def on_two_ranks(tmp_path):
                 process.kill()
         for process, (out, err) in zip(running, said, strict=True):
             assert process.returncode == 0, err
-            assert out == "done\n"
+            assert out.splitlines()[-1] == "done"
+        return [out.splitlines()[:-1] for out, _ in said]
+
+    return run
+
+
+@pytest.fixture
+def on_two_ranks(in_two_processes):
+    """Runs source in two processes that have `rank`, `mesh`, `torch` and `dist`."""
+
+    def run(source):
+        assert in_two_processes(START + source + END, {"OMP_NUM_THREADS": "1"}) == [[], []]
 
     return run

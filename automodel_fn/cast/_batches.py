@@ -11,8 +11,8 @@ import attrs
 import torch
 from torch.optim import Optimizer
 
-from automodel_fn.cast._conversions import Conversion, gradient_of
-from automodel_fn.cast._convert import LARGE
+from automodel_fn.cast._conversions import Conversion, gradient_of, num_values
+from automodel_fn.cast._convert import LARGE, bytes_of_views
 from automodel_fn.cast._entries import TensorCast
 from automodel_fn.cast._tensors import NamedTensor
 
@@ -36,7 +36,7 @@ class Batch:
         from_dtype: Their dtype before.
         to_dtype: Their dtype afterwards.
         ends: Where each step ends.
-        num_bytes: Size of the largest of them afterwards; of all, if they are one storage.
+        num_bytes: What converting the largest takes; or all of them, if they are one storage.
         is_one_storage: Whether they are views of one storage.
     """
 
@@ -91,36 +91,44 @@ def batches_of(
     grouped = {place: group for group in groups for place in group}
     sizes = [entry.bytes_after for _, entry in planned]
     limit = _limit(sizes)
+    storages: list[Batch] = []
     gathered: defaultdict[Any, list[tuple[str, int, int]]] = defaultdict(list)
     for (place, entry), size in zip(planned, sizes, strict=True):
-        group, tensor = grouped.get(place), tensors[place].tensor
+        group = grouped.get(place)
         if group is None:
-            key = _key(tensor, entry.to_dtype, size)
+            key = _key(tensors[place].tensor, entry.to_dtype, size)
             gathered[key].append((entry.names[0], place, size))
         elif place == group[0]:
-            gathered[group[0], entry.to_dtype] = [
-                (tensors[member].names[0], member, size) for member in group
-            ]
-    return tuple(_batch(members, key, tensors, limit) for key, members in gathered.items())
+            storages.append(_of_one_storage([tensors[i] for i in group], group, entry))
+    batches: list[Batch] = []
+    for (_, to_dtype, *_), members in gathered.items():
+        names, places, found = zip(*members, strict=True)
+        tensor = tensors[places[0]].tensor
+        ends = _ends(found, limit, tensor, to_dtype)
+        batches.append(
+            Batch(
+                names,
+                places=places,
+                from_dtype=tensor.dtype,
+                to_dtype=to_dtype,
+                ends=ends,
+                num_bytes=max(found),
+            )
+        )
+    return (*storages, *batches)
 
 
-def _batch(
-    members: Sequence[tuple[str, int, int]],
-    key: tuple[Any, ...],
-    tensors: Sequence[NamedTensor],
-    limit: int,
+def _of_one_storage(
+    members: Sequence[NamedTensor], places: Sequence[int], entry: TensorCast
 ) -> Batch:
-    names, places, sizes = zip(*members, strict=True)
-    tensor, to_dtype = tensors[places[0]].tensor, key[1]
-    is_one_storage = isinstance(key[0], int)
     return Batch(
-        names,
-        places=places,
-        from_dtype=tensor.dtype,
-        to_dtype=to_dtype,
-        ends=(len(places),) if is_one_storage else _ends(sizes, limit, tensor, to_dtype),
-        num_bytes=sum(sizes) if is_one_storage else max(sizes),
-        is_one_storage=is_one_storage,
+        tuple(item.names[0] for item in members),
+        places=tuple(places),
+        from_dtype=entry.from_dtype,
+        to_dtype=entry.to_dtype,
+        ends=(len(places),),
+        num_bytes=bytes_of_views([item.tensor for item in members], entry.to_dtype),
+        is_one_storage=True,
     )
 
 
@@ -159,7 +167,7 @@ def _of_belongings(
             for name, belonging in _belongings(owner, tensor, weight.from_dtype, optimizers):
                 if id(belonging) not in known:
                     known.add(id(belonging))
-                    size = belonging.numel() * weight.to_dtype.itemsize
+                    size = num_values(belonging) * weight.to_dtype.itemsize
                     key = _key(belonging, weight.to_dtype, size)
                     gathered[key].append((name, owner, belonging, size))
     limit = _limit([size for members in gathered.values() for *_, size in members])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from torch import nn
 
 from automodel_fn.cast._fp32_boundary import Fp32Boundary
@@ -12,9 +10,10 @@ from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._promotion import boundary_owners, pin_owners
 from automodel_fn.cast._tensors import scan
 from automodel_fn.errors import PatchError, itemized
+from automodel_fn.handles import Handle
 
 
-class BoundaryHandle:
+class BoundaryHandle(Handle):
     """The boundaries that one call has put up; also a context manager.
 
     Attributes:
@@ -57,17 +56,6 @@ class BoundaryHandle:
             if boundary.inner is not None:
                 boundary.module.forward = boundary.inner
         self._boundaries = ()
-
-    def __enter__(self) -> BoundaryHandle:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 def fp32_boundaries(model: nn.Module, plan: CastPlan) -> BoundaryHandle:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch.distributed.tensor import DTensor
 
-from automodel_fn.cast._convert import converted, converted_views
+from automodel_fn.cast._convert import bytes_of_views, converted, converted_views
 from automodel_fn.cast._dtensors import local
 from automodel_fn.cast._exchange import Exchange
 from automodel_fn.dtypes import dtype_name, is_wider
@@ -34,7 +34,7 @@ class Conversion:
         from_dtype: Their dtype before.
         to_dtype: Their dtype afterwards.
         ends: Where each step ends; those between two ends are converted together.
-        num_bytes: Size of the largest of them afterwards; of all, if they are one storage.
+        num_bytes: What converting the largest takes; or all of them, if they are one storage.
         is_weight: Whether they are parameters or buffers, not what belongs to one.
         is_one_storage: Whether they are views of one storage, and stay so.
     """
@@ -65,6 +65,7 @@ class Conversion:
             to_dtype: Their dtype afterwards.
             owners: The weights that they belong to; None if they are weights themselves.
         """
+        alone, are_views = num_values(tensors[0]) * to_dtype.itemsize, len(tensors) > 1
         return cls(
             names,
             owners=owners or names,
@@ -72,9 +73,9 @@ class Conversion:
             from_dtype=tensors[0].dtype,
             to_dtype=to_dtype,
             ends=(len(tensors),),
-            num_bytes=sum(tensor.numel() for tensor in tensors) * to_dtype.itemsize,
+            num_bytes=bytes_of_views(tensors, to_dtype) if are_views else alone,
             is_weight=owners is None,
-            is_one_storage=len(tensors) > 1,
+            is_one_storage=are_views,
         )
 
     def made(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
@@ -129,6 +130,11 @@ def _is_bound_to_finish(kind: type[torch.Tensor]) -> bool:
     function: Any = kind.__torch_function__
     is_torchs = getattr(function, "__func__", function) in _TORCHS_FUNCTIONS
     return is_torchs and not issubclass(kind, DTensor)
+
+
+def num_values(tensor: torch.Tensor) -> int:
+    """How many values a tensor holds in memory; fewer than elements if it is sparse."""
+    return tensor._values().numel() if tensor.layout is torch.sparse_coo else tensor.numel()
 
 
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:

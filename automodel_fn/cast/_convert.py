@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import methodcaller
 
 import torch
@@ -78,8 +78,7 @@ def converted_views(
     if not all(map(is_plain, tensors)):
         made = converted_views(tuple(map(local, tensors)), dtype)
         return tuple(map(rewrapped, tensors, made))
-    start = min(tensor.storage_offset() for tensor in tensors)
-    end = max(tensor.storage_offset() + _extent(tensor) for tensor in tensors)
+    start, end = _span(tensors)
     flat = _negated_like(tensors[0], tensors[0].detach()).as_strided((end - start,), (1,), start)
     flat = flat.to(dtype)
     views = tuple(
@@ -93,6 +92,21 @@ def converted_views(
         if not tensor.is_contiguous():
             write(view, tensor.detach().to(dtype))
     return views
+
+
+def bytes_of_views(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> int:
+    """How much memory `converted_views` takes: all of the storage, and the largest with gaps."""
+    held = tuple(map(local, tensors))
+    start, end = _span(held)
+    with_gaps = [tensor.numel() for tensor in held if not tensor.is_contiguous()]
+    return (end - start + max(with_gaps, default=0)) * dtype.itemsize
+
+
+def _span(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Where in their storage views begin and end, in elements."""
+    starts = [int(tensor.storage_offset()) for tensor in tensors]
+    ends = [start + _extent(tensor) for start, tensor in zip(starts, tensors, strict=True)]
+    return min(starts), max(ends)
 
 
 def _negated_like(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:

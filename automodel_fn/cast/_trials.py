@@ -49,7 +49,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from module.named_parameters()
         yield from module.named_buffers()
         return
-    # PyTorch's own walk of a module without children takes five times as long.
+    # PyTorch's own walk of a module without children takes almost three times as long.
     for held in (module._parameters, module._buffers):
         seen: set[int] = set()
         for name, tensor in held.items():

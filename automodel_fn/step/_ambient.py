@@ -97,7 +97,7 @@ class step_context(Entry):
         StepContext(first_microbatch=True, optim_step=True)
     """
 
-    # Its first scope is the object itself: making another takes as long as all the rest.
+    # Its first scope is the object itself: a microbatch enters one, and makes nothing more.
     __slots__ = ("_first_microbatch", "_given", "_is_used", "_microbatch", "_optim_step", "_scope")
 
     def __init__(

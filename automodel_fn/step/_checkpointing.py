@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from automodel_fn.errors import ConfigError
+from automodel_fn.handles import Handle
 from automodel_fn.step._bind import bind
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
-class CarryHandle:
+class CarryHandle(Handle):
     """The step is carried until `remove()`; a context manager.
 
     Example:
@@ -33,17 +33,6 @@ class CarryHandle:
             if vars(module).get(_FUNCTION) is carries:
                 setattr(module, _FUNCTION, original)
         self._carrying = ()
-
-    def __enter__(self) -> CarryHandle:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 def carry_step(model: nn.Module) -> CarryHandle:

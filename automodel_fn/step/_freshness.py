@@ -78,7 +78,7 @@ def weight_stamp(weight: torch.Tensor) -> WeightStamp:
 class WeightWatch:
     """Tells whether a weight is still as it was when something was made from it.
 
-    As comparing stamps, in a tenth of the time, for a question that every forward asks. Refers to
+    As comparing stamps, in a fifth of the time, for a question that every forward asks. Refers to
     the weight by its identity and to its storage weakly: it keeps neither alive.
 
     Example:

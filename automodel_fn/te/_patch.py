@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 from typing import Literal, get_args
 
 from torch import nn
 
 from automodel_fn.errors import ConfigError, PatchError, itemized
+from automodel_fn.handles import Handle
 from automodel_fn.step._ambient import eager_step
 from automodel_fn.te._cache import RecipeReader, microbatch_flag
 from automodel_fn.te._classes import TEClasses
@@ -28,7 +28,7 @@ from automodel_fn.te._record import (
 OnStale = Literal["refresh", "raise"]
 
 
-class PatchHandle:
+class PatchHandle(Handle):
     """The patch, for as long as somebody needs it; a context manager.
 
     The classes are wrapped while at least one handle is left.
@@ -81,17 +81,6 @@ class PatchHandle:
         for cls in self._classes:
             release(cls, self)
         self._is_active = False
-
-    def __enter__(self) -> PatchHandle:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         return f"PatchHandle(is_active={self._is_active})"

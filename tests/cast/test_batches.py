@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from torch import nn
 
 from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
 from automodel_fn.cast._batches import _ends, batches_of, conversions_of
-from automodel_fn.cast._convert import LARGE, converted_together
+from automodel_fn.cast._convert import LARGE, converted_at_once, converted_together
 from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._tensors import scan
 
@@ -191,6 +191,92 @@ def test_large_tensors_on_a_cpu_are_cast_one_by_one():
     ends = _ends([LARGE, 2 * LARGE, LARGE], LARGE, torch.empty(0), bf16)
 
     assert ends == (1, 2, 3)
+
+
+def reserved(plan, monkeypatch):
+    """How many bytes `apply` sets aside."""
+    sizes, empty = [], torch.empty
+
+    def noted(*args, **kwargs):
+        if kwargs.get("dtype") == torch.uint8:
+            sizes.extend(args)
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    apply(plan)
+    return sizes
+
+
+def test_memory_for_all_of_a_shared_storage_is_set_aside(make_holder, monkeypatch):
+    flat = torch.ones(1000)
+    model = make_holder(small=nn.Parameter(flat[:1]), large=nn.Parameter(flat[500:]))
+
+    assert reserved(cast_plan(model, bf16), monkeypatch) == [1000 * bf16.itemsize]
+
+
+def test_memory_for_a_view_with_gaps_that_is_cast_beside_its_storage_is_set_aside(
+    make_holder, monkeypatch
+):
+    flat = torch.ones(10, 100)
+    model = make_holder(all=nn.Parameter(flat), some=nn.Parameter(flat[:, ::2]))
+
+    assert reserved(cast_plan(model, bf16), monkeypatch) == [(1000 + 500) * bf16.itemsize]
+
+
+class Streams:
+    """Streams that note who waits for whom, and what is launched on which."""
+
+    def __init__(self, monkeypatch):
+        self.seen, self.now = [], "current"
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self._stream("current"))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: self._stream("other"))
+        monkeypatch.setattr(torch.cuda, "stream", self._entered)
+
+    def _stream(self, name):
+        def waits(other):
+            self.seen.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=waits)
+
+    @contextmanager
+    def _entered(self, stream):
+        before, self.now = self.now, stream.name
+        try:
+            yield
+        finally:
+            self.now = before
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_two_streams_wait_for_one_another_before_and_after_all_casts(
+    monkeypatch, at_operator, same_bits, special, number
+):
+    streams, tensors = Streams(monkeypatch), tuple(special(2, n + 1) for n in range(number))
+    operators = {"aten::_to_copy", "aten::copy_"}
+    mode = at_operator(1, lambda: streams.seen.append(streams.now), names=operators, times=99)
+
+    with mode:
+        made = converted_at_once(tensors, bf16)
+
+    assert streams.seen == [
+        "other waits for current",
+        *["other"] * (number // 2),
+        *["current"] * ((number + 1) // 2),
+        "current waits for other",
+    ]
+    assert all(same_bits(new, tensor.to(bf16)) for new, tensor in zip(made, tensors, strict=True))
+
+
+@pytest.mark.parametrize("operator", ["aten::copy_", "aten::_to_copy"])
+def test_the_streams_meet_also_after_an_error(monkeypatch, at_operator, operator):
+    def fails():
+        raise MemoryError
+
+    streams, tensors = Streams(monkeypatch), tuple(torch.ones(2) for _ in range(4))
+    with at_operator(1, fails, names={operator}), pytest.raises(MemoryError):
+        converted_at_once(tensors, bf16)
+
+    assert streams.seen[-1] == "current waits for other"
 
 
 def test_small_and_large_tensors_on_one_device_are_cast_apart(make_holder):

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
+from automodel_fn.cast._batches import batches_of, conversions_of
+from automodel_fn.cast._tensors import scan
 
 
 @pytest.fixture
@@ -34,6 +36,17 @@ def test_undo_brings_a_sparse_gradient_back(model):
     apply(cast_plan(model, bf16), keep_originals=True).undo()
 
     assert torch.equal(model[0].weight.grad.to_dense(), before)
+
+
+def test_a_sparse_gradient_is_converted_apart_and_takes_what_its_values_take(model):
+    # As a gradient of the dense tensor it would set aside as much as that.
+    tensors = [item.tensor for item in scan(model).tensors]
+    batches = batches_of(cast_plan(model, bf16).entries, scan(model).tensors, groups=())
+    found = [c for c in conversions_of(batches, tensors) if not c.is_weight]
+
+    assert [c.names for c in found] == [("0.weight.grad",), ("1.weight.grad", "1.bias.grad")]
+    values = model[0].weight.grad._values()
+    assert found[0].num_bytes == values.numel() * bf16.itemsize
 
 
 @pytest.mark.parametrize("is_edited", [False, True])

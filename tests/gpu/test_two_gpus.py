@@ -1,8 +1,4 @@
 # Two GPUs, NCCL: run by pytest, which starts one process a GPU.
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -71,31 +67,8 @@ print("done", flush=True)
 
 
 @pytest.fixture
-def on_two_gpus(tmp_path):
-    def run(source):
-        command = [sys.executable, "-c", START + source + END]
-        environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}
-        running = [
-            subprocess.Popen(
-                [*command, str(rank), str(tmp_path / "store")],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
-            said = [process.communicate(timeout=240) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        for process, (out, err) in zip(running, said, strict=True):
-            assert process.returncode == 0, err
-            assert out.splitlines()[-1] == "done"
-        return [out.splitlines()[:-1] for out, _ in said]
-
-    return run
+def on_two_gpus(in_two_processes):
+    return lambda source: in_two_processes(START + source + END, {"NCCL_NVLS_ENABLE": "0"})
 
 
 def test_grouped_linear_agrees_with_and_without_caching(on_two_gpus):

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 import pytest
 
 FLOORS = (
-    ("errors", "fqn", "dtypes", "plans"),
+    ("errors", "fqn", "dtypes", "handles", "plans"),
     ("step", "cast", "backend", "ops"),
     ("nn", "te", "render"),
     ("build", "convert"),
