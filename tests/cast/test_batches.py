@@ -130,7 +130,8 @@ def test_a_temporary_cast_that_is_interrupted_before_it_begins_converts_nothing(
     def press_ctrl_c():
         signal.raise_signal(signal.SIGINT)
 
-    model = make_holder(a=nn.Parameter(torch.ones(3)), b=nn.Parameter(torch.ones(4)))
+    tried = torch.ones(3).as_subclass(Refusing)
+    model = make_holder(a=tried, b=nn.Parameter(torch.ones(4)))
     mode = at_operator(1, press_ctrl_c, names=CONVERSION)
 
     with mode, pytest.raises(KeyboardInterrupt):

@@ -231,8 +231,39 @@ class Stubborn(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+class Unwilling(torch.Tensor):
+    """Cannot be cast at all."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to:
+            raise ValueError("unwilling")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 class Special(nn.Parameter):
     pass
+
+
+@MODES
+def test_a_kind_that_cannot_be_cast_is_found_on_trial_before_anything_is_converted(
+    make_holder, at_operator, keep_originals
+):
+    model = make_holder(
+        ordinary=nn.Parameter(torch.ones(3)),
+        special=Special(torch.ones(5)),
+        unwilling=torch.ones(3).as_subclass(Unwilling),
+    )
+    mode = at_operator(1, lambda: None, names=CONVERSION)
+
+    with mode, pytest.raises(ValueError, match="unwilling") as caught:
+        apply(cast_plan(model, bf16), keep_originals=keep_originals)
+
+    assert caught.value.__notes__ == [
+        "while trying one element of Unwilling, float32 to bfloat16; the model was not changed."
+    ]
+    # At most one element of the other kind that is tried.
+    assert mode.seen <= 1
 
 
 @MODES

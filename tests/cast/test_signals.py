@@ -73,13 +73,13 @@ def press_ctrl_c():
 @pytest.mark.parametrize("prepare", [keeping, entering])
 def test_ctrl_c_is_dealt_with_at_the_next_tensor_and_not_at_the_end(at_operator, prepare):
     model = torch.nn.ParameterList(torch.full((4,), 1.001) for _ in range(50))
-    effect, third_after_the_dry_run = prepare(model), 4
-    mode = at_operator(third_after_the_dry_run, press_ctrl_c, names={"aten::_to_copy"})
+    effect, fourth = prepare(model), 4
+    mode = at_operator(fourth, press_ctrl_c, names={"aten::_to_copy"})
 
     with mode, pytest.raises(KeyboardInterrupt):
         effect()
 
-    assert mode.seen == third_after_the_dry_run
+    assert mode.seen == fourth
     assert {p.dtype for p in model} == {torch.float32}
 
 
