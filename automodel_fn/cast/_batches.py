@@ -14,16 +14,12 @@ from torch.optim import Optimizer
 from automodel_fn.cast._conversions import Conversion, gradient_of, num_values
 from automodel_fn.cast._convert import LARGE, bytes_of_views
 from automodel_fn.cast._entries import TensorCast
+from automodel_fn.cast._steps import ends_of_steps, limit_of_steps
 from automodel_fn.cast._tensors import NamedTensor
 
 _COUNTERS = {"step", "mu_product", "eta", "mu"}
 """State of PyTorch's optimizers that is a scalar whatever the parameter, and float32."""
 _is_leaf, _grad = attrgetter("is_leaf"), attrgetter("grad")
-
-_MIN_STEPS = 64
-"""Into how many steps a model of small tensors is divided at least."""
-_WINDOW = 512 << 20
-"""Bytes that a GPU's kernels are given at once, where earlier steps have freed as many."""
 
 
 @attrs.frozen
@@ -90,7 +86,7 @@ def batches_of(
     planned = _planned(entries, tensors)
     grouped = {place: group for group in groups for place in group}
     sizes = [entry.bytes_after for _, entry in planned]
-    limit = _limit(sizes)
+    limit = limit_of_steps(sizes)
     storages: list[Batch] = []
     gathered: defaultdict[Any, list[tuple[str, int, int]]] = defaultdict(list)
     for (place, entry), size in zip(planned, sizes, strict=True):
@@ -104,7 +100,7 @@ def batches_of(
     for (_, to_dtype, *_), members in gathered.items():
         names, places, found = zip(*members, strict=True)
         tensor = tensors[places[0]].tensor
-        ends = _ends(found, limit, tensor, to_dtype)
+        ends = ends_of_steps(found, limit, tensor, to_dtype)
         batches.append(
             Batch(
                 names,
@@ -170,7 +166,7 @@ def _of_belongings(
                     size = num_values(belonging) * weight.to_dtype.itemsize
                     key = _key(belonging, weight.to_dtype, size)
                     gathered[key].append((name, owner, belonging, size))
-    limit = _limit([size for members in gathered.values() for *_, size in members])
+    limit = limit_of_steps([size for members in gathered.values() for *_, size in members])
     for (_, to_dtype, *_), members in gathered.items():
         names, owners, found, sizes = zip(*members, strict=True)
         yield Conversion(
@@ -179,7 +175,7 @@ def _of_belongings(
             tensors=found,
             from_dtype=found[0].dtype,
             to_dtype=to_dtype,
-            ends=_ends(sizes, limit, found[0], to_dtype),
+            ends=ends_of_steps(sizes, limit, found[0], to_dtype),
             num_bytes=max(sizes),
             is_weight=False,
         )
@@ -219,31 +215,3 @@ def _key(tensor: torch.Tensor, to_dtype: torch.dtype, size: int) -> tuple[Any, .
     """What tensors have in common that are converted together."""
     kind = type(tensor), tensor.layout
     return kind, to_dtype, tensor.dtype, tensor.device, size >= LARGE
-
-
-def _limit(sizes: Sequence[int]) -> int:
-    """How much a step of small tensors takes: as the largest, or a small part of the model."""
-    return min(LARGE, max(max(sizes, default=0), sum(sizes) // _MIN_STEPS))
-
-
-def _ends(
-    sizes: Sequence[int], limit: int, tensor: torch.Tensor, to_dtype: torch.dtype
-) -> tuple[int, ...]:
-    """Where the steps end, none of which takes more than the largest tensor and what is free.
-
-    A large tensor is a step of its own on a CPU. On a GPU the end of a kernel leaves it half idle
-    unless the next one runs already: there a step takes several, once earlier ones have freed the
-    memory that it needs.
-    """
-    is_on_gpu, largest = tensor.is_cuda, max(sizes)
-    freed_per_byte = tensor.dtype.itemsize / to_dtype.itemsize - 1
-    ends: list[int] = []
-    filled, freed = 0, 0.0
-    for place, size in enumerate(sizes):
-        room = min(largest + freed, _WINDOW) if is_on_gpu and size >= LARGE else limit
-        if filled and filled + size > room:
-            ends.append(place)
-            freed += max(0.0, filled * freed_per_byte)
-            filled = 0
-        filled += size
-    return (*ends, len(sizes))

@@ -23,7 +23,7 @@ from automodel_fn.cast._groups import holds_parameters
 from automodel_fn.cast._tensors import ModelScan
 
 _HELD = {"_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"}
-_TRAITS = (type, *map(attrgetter, ("dtype", "requires_grad", "shape", "device")))
+_traits = attrgetter("__class__", "dtype", "requires_grad", "shape", "device")
 
 
 class Layout:
@@ -33,7 +33,7 @@ class Layout:
     whether two places held the same one.
     """
 
-    __slots__ = ("_entries", "_kinds", "_places", "_references", "_shape", "_traits", "batches")
+    __slots__ = ("_entries", "_kinds", "_places", "_planned", "_references", "_shape", "batches")
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Layout:
         self._references = [*map(weakref.ref, modules)]
         self._kinds = [*map(type, modules)]
         self._places = tuple(first[id(tensor)] for tensor in tensors)
-        self._traits = _traits(tensors)
+        self._planned = [*map(_traits, tensors)]
 
     def __reduce__(self) -> tuple[type[Layout], tuple[()]]:
         return Layout, ()
@@ -76,8 +76,7 @@ class Layout:
         if shape != self._shape:
             return None
         tensors = picked(flat, self._places)
-        is_as_planned = _traits(tensors) == self._traits and _have_own_storages(tensors)
-        return tensors if is_as_planned else None
+        return tensors if _are_as_planned(tensors, self._planned) else None
 
 
 def _is_ordinary(model_scan: ModelScan) -> bool:
@@ -98,8 +97,18 @@ def _have_own_storages(tensors: Sequence[torch.Tensor]) -> bool:
     return len(storages) == len(tensors)
 
 
-def _traits(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
-    return [[*map(trait, tensors)] for trait in _TRAITS]
+def _are_as_planned(tensors: Sequence[torch.Tensor], planned: Sequence[Any]) -> bool:
+    """Whether tensors still have their traits, and storages of their own.
+
+    In one pass: what many tensors cost is to fetch each of them from memory.
+    """
+    storages: set[int] = set()
+    add = storages.add
+    for tensor, traits in zip(tensors, planned, strict=True):
+        if _traits(tensor) != traits:
+            return False
+        add(tensor.untyped_storage()._cdata)
+    return len(storages) == len(tensors)
 
 
 def _seen(modules: Iterable[Any]) -> tuple[list[Any], list[Any]]:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import signal
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import attrs
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
-from automodel_fn.cast._batches import _ends, batches_of, conversions_of
+from automodel_fn.cast._batches import batches_of, conversions_of
 from automodel_fn.cast._convert import LARGE, converted_at_once, converted_together
 from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._tensors import scan
@@ -161,37 +158,6 @@ def test_many_at_once_have_the_bits_strides_and_storages_of_each_alone(special, 
         assert same_bits(new, alone)
         assert steps(new) == steps(alone)
     assert len({new.untyped_storage().data_ptr() for new in made}) == len(tensors)
-
-
-# What `_ends` asks of a tensor, for a device that is not here.
-def on_gpu(dtype):
-    return SimpleNamespace(is_cuda=True, dtype=dtype)
-
-
-@pytest.mark.parametrize("to_dtype", [bf16, fp16, fp32])
-@given(sizes=st.lists(st.integers(LARGE, 20 * LARGE), min_size=1, max_size=60))
-def test_steps_on_a_gpu_take_the_largest_tensor_and_what_earlier_ones_freed(to_dtype, sizes):
-    ends = _ends(sizes, 1, on_gpu(fp32), to_dtype)
-
-    assert ends[-1] == len(sizes)
-    freed, freed_per_byte = 0, {bf16: 1, fp16: 1, fp32: 0}[to_dtype]
-    for start, stop in pairwise((0, *ends)):
-        assert start < stop
-        step = sizes[start:stop]
-        assert len(step) == 1 or sum(step) <= max(sizes) + freed
-        freed += freed_per_byte * sum(step)
-
-
-def test_equal_large_tensors_on_a_gpu_are_cast_in_steps_that_double():
-    ends = _ends([4 * LARGE] * 60, LARGE, on_gpu(fp32), bf16)
-
-    assert [stop - start for start, stop in pairwise((0, *ends))] == [1, 2, 4, 8, 16, 16, 13]
-
-
-def test_large_tensors_on_a_cpu_are_cast_one_by_one():
-    ends = _ends([LARGE, 2 * LARGE, LARGE], LARGE, torch.empty(0), bf16)
-
-    assert ends == (1, 2, 3)
 
 
 def reserved(plan, monkeypatch):
