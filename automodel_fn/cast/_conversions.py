@@ -108,6 +108,7 @@ class Conversion:
             make=self.made,
             ends=self.ends,
             num_bytes=self.num_bytes,
+            first_bytes=sum(map(num_values, self.tensors[: self.ends[0]])) * self.to_dtype.itemsize,
             can_finish=not is_wider(self.to_dtype, self.from_dtype)
             and all(map(_is_bound_to_finish, set(map(type, self.tensors)))),
             is_divisible=not self.is_one_storage,

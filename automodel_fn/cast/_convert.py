@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import methodcaller
 
 import torch
@@ -69,6 +70,16 @@ def converted_at_once(
     made = [*here, *there]
     made[::2], made[1::2] = here, there
     return tuple(made)
+
+
+def fetch_memory(num_bytes: int, device: torch.device) -> None:
+    """Have PyTorch fetch a GPU's memory in one piece, of which it makes several tensors afterwards.
+
+    Asking the driver for each of them takes longer than to cast it. What cannot be had in one
+    piece may still be had in several.
+    """
+    with suppress(torch.OutOfMemoryError):
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def converted_views(

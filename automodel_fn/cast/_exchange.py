@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch.distributed.tensor import DTensor
 
+from automodel_fn.cast._convert import fetch_memory
 from automodel_fn.cast._dtensors import swap_content
 from automodel_fn.cast._interrupts import interrupts_deferred
 from automodel_fn.cast._sharded import Shards, insist
@@ -35,6 +36,7 @@ class Exchange:
             interrupted.
         ends: Where each step ends; the tensors of a step get their data together.
         num_bytes: Size of the new data of one tensor, the largest; of all, if it is not divisible.
+        first_bytes: Size of the new data of the first step.
         can_finish: Whether it may be finished when interrupted, since it takes less memory than
             what it replaces; otherwise its original is kept until the first that may.
         is_divisible: Whether the tensors of a step can be given their data one by one.
@@ -45,6 +47,7 @@ class Exchange:
     make: Callable[[int, int], tuple[torch.Tensor, ...]] = attrs.field(kw_only=True)
     ends: tuple[int, ...] = attrs.field(kw_only=True)
     num_bytes: int = attrs.field(kw_only=True)
+    first_bytes: int = attrs.field(kw_only=True)
     can_finish: bool = attrs.field(kw_only=True)
     is_divisible: bool = attrs.field(kw_only=True)
 
@@ -62,6 +65,7 @@ class Exchange:
             make=lambda start, stop: make(),
             ends=(len(tensors),),
             num_bytes=0,
+            first_bytes=0,
             can_finish=False,
             is_divisible=False,
         )
@@ -161,10 +165,15 @@ class _Run:
         if self._keep or self._has_released:
             return
         sizes: dict[torch.device, int] = {}
+        first: dict[torch.device, int] = {}
         for item in self._exchanges:
             device = item.tensors[0].device
             if item.can_finish and device.type != "meta":
                 sizes[device] = max(sizes.get(device, 0), item.num_bytes)
+                first.setdefault(device, item.first_bytes)
+        for device, size in sizes.items():
+            if device.type == "cuda":
+                fetch_memory(size + first[device], device)
         self._reserve = [
             torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()
         ]

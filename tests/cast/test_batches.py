@@ -14,7 +14,12 @@ from torch import nn
 
 from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
 from automodel_fn.cast._batches import batches_of, conversions_of
-from automodel_fn.cast._convert import LARGE, converted_at_once, converted_together
+from automodel_fn.cast._convert import (
+    LARGE,
+    converted_at_once,
+    converted_together,
+    fetch_memory,
+)
 from automodel_fn.cast._exchange import Exchange, exchange
 from automodel_fn.cast._tensors import scan
 
@@ -92,6 +97,7 @@ def test_what_cannot_be_finished_at_once_is_finished_in_parts():
         make=make,
         ends=(1, 4),
         num_bytes=4,
+        first_bytes=4,
         can_finish=True,
         is_divisible=True,
     )
@@ -188,6 +194,22 @@ def test_memory_for_a_view_with_gaps_that_is_cast_beside_its_storage_is_set_asid
     model = make_holder(all=nn.Parameter(flat), some=nn.Parameter(flat[:, ::2]))
 
     assert reserved(cast_plan(model, bf16), monkeypatch) == [(1000 + 500) * bf16.itemsize]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, RuntimeError])
+def test_only_a_lack_of_memory_in_one_piece_is_no_error(error, monkeypatch):
+    asked = []
+
+    def refused(size, **kwargs):
+        asked.append((size, kwargs))
+        raise error
+
+    monkeypatch.setattr(torch, "empty", refused)
+
+    with nullcontext() if error is torch.OutOfMemoryError else pytest.raises(error):
+        fetch_memory(8, torch.device("cuda"))
+
+    assert asked == [(8, {"dtype": torch.uint8, "device": torch.device("cuda")})]
 
 
 class Streams:
