@@ -76,7 +76,7 @@ def _backward_kernel(
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     num_tiles = tl.cdiv(num_rows, ROWS)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
-        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         is_row = rows < num_rows
         mask = is_row & (columns < HIDDEN)
         x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
