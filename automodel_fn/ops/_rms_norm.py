@@ -6,33 +6,72 @@ Shapes: `[..., H]` is any number of leading dimensions, then the hidden one, whi
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.experimental import register_sharding
-from torch.nn import functional
 
 from automodel_fn.errors import ConfigError, itemized
+from automodel_fn.ops import _rms_norm_operators as operators
+from automodel_fn.ops._choice import (
+    KernelChoice,
+    is_exporting,
+    is_plain,
+    is_watched,
+    kernel_choice,
+)
+from automodel_fn.ops._rms_norm_autograd import eager_torch, eager_triton
+from automodel_fn.ops._rms_norm_torch import added, composed, is_sharded_on_last
 
 WeightMultiply = Literal["fp32", "input"]
 _WEIGHT_MULTIPLIES = ("fp32", "input")
 
 
+@overload
 def rms_norm_fp32(
-    x: Tensor, weight: Tensor | None, eps: float, *, weight_multiply: WeightMultiply = "fp32"
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    weight_multiply: WeightMultiply = "fp32",
+    residual: None = None,
+) -> Tensor: ...
+
+
+@overload
+def rms_norm_fp32(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    weight_multiply: WeightMultiply = "fp32",
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm_fp32(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    weight_multiply: WeightMultiply = "fp32",
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension, computed in float32.
 
-    The forward has the same bits with and without gradients, and compiled as in eager mode: while
+    On a GPU one kernel computes it, and two its gradients; `rms_norm_kernel` says where not. The
+    forward has the same bits with and without gradients, and compiled as in eager mode: while
     `torch.compile` traces, it becomes one opaque operator, since the compiler would otherwise fuse
-    it differently with gradients and without them. Gradients come in the dtypes of their inputs; a
-    compiled backward may differ from the eager one in its last bits. DTensors may be sharded on any
-    dimension; on the hidden one it costs a reduction in eager mode and a gather where compiled.
+    it differently with gradients and without them. Gradients come in the dtypes of their inputs,
+    the same in every run; they can be differentiated again where torch's operators compute them,
+    and raise where the kernels do. DTensors may be sharded on any dimension; on the hidden one it
+    costs a reduction in eager mode and a gather where compiled.
 
-    A row whose squares overflow float32 (values of about 1e19) becomes 0, as it does everywhere
-    that computes in float32. A float64 input is computed in float64.
+    An element is off from the float64 result by its rounding to bf16 or fp16, and a unit in the
+    last place of that dtype at most. In float32 its relative error is at most H / 2 + 8 halves of
+    the epsilon; measured it is about one. A row whose squares overflow float32 (values of about
+    1e19) becomes 0, as it does everywhere that computes in float32. A float64 input is computed in
+    float64.
 
     Args:
         x: `[..., H]`, floating point.
@@ -41,26 +80,60 @@ def rms_norm_fp32(
         weight_multiply: "fp32" multiplies in float32 and rounds once, to the dtype of `x`, as NeMo
             Automodel and Transformer Engine do. "input" rounds the normalised value to the dtype of
             `x` and multiplies then, as Hugging Face's LlamaRMSNorm does.
+        residual: `[..., H]`, the shape of `x`: what a decoder with norms before its layers adds
+            to `x`. The sum is rounded to the dtype of `x`, and the norm is that of the rounded
+            sum: both have the bits that adding first would give.
 
     Returns:
-        `[..., H]`, in the dtype of `x`.
+        `[..., H]`, in the dtype of `x`; with a residual, that and the sum.
 
     Raises:
         ConfigError: An argument is not as described.
 
     Source:
         Replaces the forward of `Float32RMSNorm` (NeMo Automodel); NVIDIA-NeMo/Automodel #3106 on
-        bits that depend on gradients.
+        bits that depend on gradients; fused_add_rms_norm (vLLM) for the residual.
 
     Example:
         >>> x, weight = torch.tensor([[3.0, 4.0]]).bfloat16(), torch.ones(2)
         >>> rms_norm_fp32(x, weight, 1e-5)
         tensor([[0.8477, 1.1328]], dtype=torch.bfloat16)
+        >>> normed, total = rms_norm_fp32(x, weight, 1e-5, residual=x)
+        >>> total
+        tensor([[6., 8.]], dtype=torch.bfloat16)
     """
-    _demand_fitting(x, weight, eps, weight_multiply)
-    if torch.compiler.is_compiling() and not _is_exporting():
-        return _opaque(x, weight, eps, weight_multiply)
-    return _normalized(x, weight, eps, weight_multiply)
+    if not _fits(x, weight, eps, weight_multiply, residual):
+        raise ConfigError(
+            itemized(
+                "rms_norm_fp32 cannot be computed:",
+                _complaints(x, weight, eps, weight_multiply, residual),
+            )
+        )
+    if torch.compiler.is_compiling():
+        by = _by_operators if is_exporting() else _by_operator
+        return by(x, weight, eps, weight_multiply, residual)
+    if rms_norm_kernel(x, weight, residual).name == "torch":
+        return _by_operators(x, weight, eps, weight_multiply, residual)
+    if is_watched() or not is_plain(x):
+        return _by_operator(x, weight, eps, weight_multiply, residual)
+    return eager_triton(x, weight, residual, eps, weight_multiply)
+
+
+def rms_norm_kernel(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None = None
+) -> KernelChoice:
+    """What `rms_norm_fp32` computes with, for these inputs.
+
+    Kernels take tensors of one CUDA device in bf16, fp16 or fp32, and DTensors that keep rows
+    whole; torch's own operators take the rest.
+
+    Example:
+        >>> rms_norm_kernel(torch.ones(2, 3), None).reason
+        'x is on cpu'
+    """
+    if x.is_cuda and is_sharded_on_last(x):
+        return KernelChoice("torch", reason="x is sharded over its last dimension")
+    return kernel_choice(x=x, weight=weight, residual=residual)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -86,7 +159,21 @@ def complaints_about_options(eps: Any, weight_multiply: Any) -> list[str]:
     return lines
 
 
-def _demand_fitting(x: Tensor, weight: Tensor | None, eps: Any, weight_multiply: Any) -> None:
+def _fits(x: Tensor, weight: Any, eps: Any, weight_multiply: Any, residual: Any) -> bool:
+    return (
+        type(eps) is float
+        and 0.0 <= eps < math.inf
+        and weight_multiply in _WEIGHT_MULTIPLIES
+        and x.is_floating_point()
+        and x.dim() > 0
+        and (weight is None or (weight.shape == x.shape[-1:] and weight.is_floating_point()))
+        and (residual is None or (residual.shape == x.shape and residual.is_floating_point()))
+    ) or not _complaints(x, weight, eps, weight_multiply, residual)
+
+
+def _complaints(
+    x: Tensor, weight: Tensor | None, eps: Any, weight_multiply: Any, residual: Tensor | None
+) -> list[str]:
     lines = complaints_about_options(eps, weight_multiply)
     if not x.is_floating_point():
         lines.append(f"x has the dtype {x.dtype}; it must be floating point")
@@ -95,83 +182,28 @@ def _demand_fitting(x: Tensor, weight: Tensor | None, eps: Any, weight_multiply:
     elif weight is not None and tuple(weight.shape) != (x.shape[-1],):
         expected, found = (x.shape[-1],), tuple(weight.shape)
         lines.append(f"weight has the shape {found}; the last dimension of x asks for {expected}")
-    if weight is not None and not weight.is_floating_point():
-        lines.append(f"weight has the dtype {weight.dtype}; it must be floating point")
-    if lines:
-        raise ConfigError(itemized("rms_norm_fp32 cannot be computed:", lines))
+    if residual is not None and residual.shape != x.shape:
+        expected, found = tuple(x.shape), tuple(residual.shape)
+        lines.append(f"residual has the shape {found}; x has {expected}, and both must be the same")
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        if tensor is not None and not tensor.is_floating_point():
+            lines.append(f"{name} has the dtype {tensor.dtype}; it must be floating point")
+    return lines
 
 
-def _is_exporting() -> bool:
-    # An exported program must not depend on an operator that this package registers. The flag, not
-    # torch.compiler.is_exporting: traced by torch 2.11, that is True in every compilation.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+def _by_operator(
+    x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    if residual is None:
+        return operators.normed(x, weight, eps, weight_multiply)
+    return operators.added_and_normed(x, residual, weight, eps, weight_multiply)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _normalized(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
-    wide = x.to(_compute_dtype(x))
-    if weight_multiply == "input":
-        rounded = _divided_by_rms(wide, eps).to(x.dtype)
-        return rounded if weight is None else (weight * rounded).to(x.dtype)
-    wide_weight = None if weight is None else weight.to(wide.dtype)
-    if _is_sharded_on_last(x):
-        found = _divided_by_rms(wide, eps)
-        return (found if wide_weight is None else found * wide_weight).to(x.dtype)
-    return functional.rms_norm(wide, (x.shape[-1],), wide_weight, eps).to(x.dtype)
-
-
-def _divided_by_rms(wide: Tensor, eps: float) -> Tensor:
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def _is_sharded_on_last(x: Tensor) -> bool:
-    # torch's own rms_norm adds eps in place, which a mean over a sharded dimension cannot take.
-    placements = getattr(x, "placements", ())
-    return any(getattr(placement, "dim", None) == x.dim() - 1 for placement in placements)
-
-
-@torch.library.custom_op("automodel_fn::rms_norm_fp32", mutates_args=())
-def _opaque(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
-    return _normalized(x, weight, eps, weight_multiply)
-
-
-@_opaque.register_fake
-def _(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
-    return _normalized(x, weight, eps, weight_multiply)
-
-
-@register_sharding(torch.ops.automodel_fn.rms_norm_fp32.default)
-def _(x: Any, weight: Any, eps: float, weight_multiply: str) -> list[Any]:
-    whole = None if weight is None else Replicate()
-    leading = [Shard(dim) for dim in range(len(x.shape) - 1)]
-    return [([place], [place, whole, None, None]) for place in (Replicate(), *leading)]
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps, ctx.weight_multiply = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    x, weight = ctx.saved_tensors
-    wide, grad = x.to(_compute_dtype(x)), grad.to(_compute_dtype(x))
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + ctx.eps)
-    normalized = wide * scale
-    of_x = of_weight = None
-    if ctx.needs_input_grad[0]:
-        inner = grad if weight is None else grad * weight.to(grad.dtype)
-        mean = (inner * normalized).mean(-1, keepdim=True)
-        of_x = (scale * (inner - normalized * mean)).to(x.dtype)
-    if weight is not None and ctx.needs_input_grad[1]:
-        if ctx.weight_multiply == "input":
-            normalized = normalized.to(x.dtype).to(grad.dtype)
-        rows = tuple(range(x.dim() - 1))
-        terms = grad * normalized
-        of_weight = (terms.sum(rows) if rows else terms).to(weight.dtype)
-    return of_x, of_weight, None, None
-
-
-_opaque.register_autograd(_gradients, setup_context=_save_inputs)
+def _by_operators(
+    x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else added(x, residual)
+    is_simple = not torch.compiler.is_compiling() and total.is_cpu and is_plain(total)
+    is_simple = is_simple and (weight is None or is_plain(weight))
+    y = (eager_torch if is_simple else composed)(total, weight, eps, weight_multiply)
+    return y if residual is None else (y, total)

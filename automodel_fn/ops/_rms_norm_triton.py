@@ -15,7 +15,6 @@ from torch import Tensor
 from automodel_fn.ops._launch import Launcher
 
 
-
 @triton.jit
 def _forward_kernel(
     x_ptr,

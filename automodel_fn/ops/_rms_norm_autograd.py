@@ -1,0 +1,105 @@
+"""RMSNorm of plain tensors in eager mode: the kernels on a GPU, in-place operators elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from automodel_fn.ops._rms_norm_torch import gradients, gradients_in_place, in_place
+
+Output = Tensor | tuple[Tensor, Tensor]
+
+
+def eager_triton(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_multiply: str
+) -> Output:
+    """By the kernels; both the norm and the sum where there is a residual."""
+    if needs_gradients(x, weight, residual):
+        found: Any = _ByTriton.apply(x, weight, residual, eps, weight_multiply == "input")
+        return found
+    return _triton_forward(x, weight, residual, eps, weight_multiply == "input")
+
+
+def eager_torch(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
+    """By torch's operators, which overwrite what they need not keep.
+
+    Example:
+        >>> eager_torch(torch.tensor([3.0, 4.0]), None, 0.0, "fp32")
+        tensor([0.8485, 1.1314])
+    """
+    if needs_gradients(x, weight, None):
+        found: Any = _ByTorch.apply(x, weight, eps, weight_multiply)
+        return found
+    return in_place(x, weight, eps, weight_multiply)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed of them.
+
+    Example:
+        >>> needs_gradients(torch.ones(2), torch.ones(2, requires_grad=True), None)
+        True
+    """
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _triton_forward(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, rounds_first: bool
+) -> Output:
+    from automodel_fn.ops._rms_norm_triton import forward
+
+    y, total = forward(x, residual, weight, eps, rounds_first)
+    return y if total is None else (y, total)
+
+
+class _ByTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        rounds_first: bool,
+    ) -> Output:
+        found = _triton_forward(x, weight, residual, eps, rounds_first)
+        ctx.save_for_backward(x if isinstance(found, Tensor) else found[1], weight)
+        ctx.options = eps, rounds_first, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Any, ...]:
+        from automodel_fn.ops._rms_norm_triton import backward
+
+        x, weight = ctx.saved_tensors
+        eps, rounds_first, residual_dtype = ctx.options
+        dx, dweight = dsum, None
+        if dy is not None:
+            of_weight = ctx.needs_input_grad[1]
+            dx, dweight = backward(x, weight, dy, dsum, eps, rounds_first, of_weight=of_weight)
+        dresidual = None
+        if dx is not None and residual_dtype is not None:
+            dresidual = dx.to(residual_dtype)
+        return dx, dweight, dresidual, None, None
+
+
+class _ByTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = eps, weight_multiply
+        return in_place(x, weight, eps, weight_multiply)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        # Gradients are on where this is to be differentiated again.
+        is_last = not torch.is_grad_enabled()
+        made = gradients_in_place if is_last else gradients
+        return *made(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:2]), None, None
