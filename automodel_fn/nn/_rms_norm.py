@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +33,8 @@ class Float32RMSNorm(nn.Module):
 
     Example:
         >>> norm = Float32RMSNorm(2)
-        >>> norm(torch.tensor([3.0, 4.0])), list(norm.state_dict())
-        (tensor([0.8485, 1.1314], grad_fn=<MulBackward0>), ['weight'])
+        >>> norm(torch.tensor([3.0, 4.0])).detach(), list(norm.state_dict())
+        (tensor([0.8485, 1.1314]), ['weight'])
     """
 
     def __init__(
@@ -62,9 +64,18 @@ class Float32RMSNorm(nn.Module):
         """Fill the weight with ones."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm of `x` `[..., H]`, in its dtype."""
-        return rms_norm_fp32(x, self.weight, self.eps, weight_multiply=self.weight_multiply)
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of `x` `[..., H]`, in its dtype; with a residual, that of the sum, and the sum."""
+        multiply = self.weight_multiply
+        if residual is None:
+            return rms_norm_fp32(x, self.weight, self.eps, weight_multiply=multiply)
+        return rms_norm_fp32(x, self.weight, self.eps, weight_multiply=multiply, residual=residual)
 
     def extra_repr(self) -> str:
         """Its size and options, for `repr`."""

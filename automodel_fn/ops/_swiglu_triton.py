@@ -1,0 +1,112 @@
+"""The kernels of `swiglu`. Imports Triton: to be imported where a CUDA tensor comes in."""
+# Triton is in no build of torch for the CPU, and what its language returns is not typed.
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from automodel_fn.ops._launch import Launcher
+
+_BLOCK = 2048
+_WARPS = 8
+
+
+@triton.jit
+def _forward_kernel(
+    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, num_columns, num_blocks, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // num_blocks
+    columns = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(y_ptr + row * num_columns + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    num_columns,
+    num_blocks,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // num_blocks
+    columns = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    place = row * num_columns + columns
+    dup = dy * gate * sigmoid
+    tl.store(dup_ptr + place, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(dgate_ptr + place, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+
+
+_launch_forward = Launcher(_forward_kernel)
+_launch_backward = Launcher(_backward_kernel)
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, contiguous."""
+    y = _contiguous_like(gate)
+    if y.numel():
+        (gate, up), strides, columns, blocks, programs = _laid_out(gate, up)
+        _launch_forward(
+            (programs, 1, 1),
+            (gate, up, y, *strides, columns, blocks),
+            (_BLOCK,),
+            num_warps=_WARPS,
+        )
+    return y
+
+
+def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the gate and of what it multiplies, both contiguous."""
+    dgate, dup = _contiguous_like(gate), _contiguous_like(up)
+    if dgate.numel():
+        (dy, gate, up), strides, columns, blocks, programs = _laid_out(dy, gate, up)
+        _launch_backward(
+            (programs, 1, 1),
+            (dy, gate, up, dgate, dup, *strides, columns, blocks),
+            (_BLOCK,),
+            num_warps=_WARPS,
+        )
+    return dgate, dup
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    # The quicker of two ways; a new tensor must not have the gaps or the order of a strided one.
+    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
+
+
+def _laid_out(
+    *tensors: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], int, int, int]:
+    # Tensors, the strides of their rows, columns, blocks of a row, blocks of all rows. Contiguous
+    # ones are a single row; halves of a packed projection are rows with gaps between them.
+    if all(tensor.is_contiguous() for tensor in tensors):
+        columns = tensors[0].numel()
+        blocks = triton.cdiv(columns, _BLOCK)
+        return tensors, (columns,) * len(tensors), columns, blocks, blocks
+    columns = tensors[0].shape[-1]
+    flat = [tensor.reshape(-1, columns) for tensor in tensors]
+    rows = tuple(row if row.stride(1) == 1 else row.contiguous() for row in flat)
+    blocks = triton.cdiv(columns, _BLOCK)
+    strides = tuple(row.stride(0) for row in rows)
+    return rows, strides, columns, blocks, blocks * rows[0].shape[0]
