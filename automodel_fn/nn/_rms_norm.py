@@ -71,7 +71,7 @@ class Float32RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of `x` `[..., H]`, in its dtype; with a residual, that of the sum, and the sum."""
+        """The norm of `x` `[..., H]`, in its dtype; with a residual that of the sum, and it."""
         multiply = self.weight_multiply
         if residual is None:
             return rms_norm_fp32(x, self.weight, self.eps, weight_multiply=multiply)

@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from automodel_fn.ops._launch import Launcher
+from automodel_fn.ops import _rms_norm_wide_triton as wide
+from automodel_fn.ops._launch import Launcher, num_processors
+from automodel_fn.ops._parts_triton import add_up, new_parts
+from automodel_fn.ops._rows import contiguous_like, rows_of
 
 
 @triton.jit
@@ -51,6 +54,12 @@ def _forward_kernel(
 
 
 @triton.jit
+def add_pairs(left0, left1, right0, right1):
+    """Two sums in one reduction: half as many barriers."""
+    return left0 + right0, left1 + right1
+
+
+@triton.jit
 def _backward_kernel(
     x_ptr,
     weight_ptr,
@@ -67,35 +76,39 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK)[None, :]
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=columns < HIDDEN, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
-    num_tiles = tl.cdiv(num_rows, ROWS)
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        is_row = rows < num_rows
-        mask = is_row & (columns < HIDDEN)
-        x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    step = tl.num_programs(0)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    mask = (rows < num_rows) & (columns < HIDDEN)
+    next_x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0)
+    next_dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask, other=0.0)
+    for _ in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), step):
+        x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
         if dsum_ptr is not None:
             dsum = tl.load(dsum_ptr + rows * dsum_stride + columns, mask=mask, other=0.0)
+        is_row, place, here = rows < num_rows, rows * HIDDEN + columns, mask
+        # The next rows are on their way while these are computed.
+        rows += step * ROWS
+        mask = (rows < num_rows) & (columns < HIDDEN)
+        next_x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0)
+        next_dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask, other=0.0)
         inner = dy
         if weight_ptr is not None:
             inner = dy * weight
         # The norm of a row is found again, since x is at hand: nothing is saved but the inputs.
-        mean = tl.sum(x * x, 1, keep_dims=True) / HIDDEN
-        scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+        squares, products = tl.reduce((x * x, inner * x), 1, add_pairs, keep_dims=True)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(squares / HIDDEN + eps))
         # With eps 0, what stands for rows beyond the last would be NaN, and dweight with it.
         scale = tl.where(is_row, scale, 0.0)
         normalized = x * scale
-        slope = tl.sum(inner * x, 1, keep_dims=True) * scale / HIDDEN
-        dx = scale * (inner - normalized * slope)
+        dx = scale * (inner - normalized * (products * scale / HIDDEN))
         if dsum_ptr is not None:
             dx += dsum.to(tl.float32)
-        tl.store(dx_ptr + rows * HIDDEN + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=here)
         if parts_ptr is not None:
             if ROUNDS_FIRST:
                 normalized = normalized.to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -106,23 +119,8 @@ def _backward_kernel(
         tl.store(parts_ptr + offset + columns, part, mask=columns < HIDDEN)
 
 
-@triton.jit
-def _sum_kernel(
-    parts_ptr, total_ptr, num_parts, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, num_parts, ROWS):
-        rows = start + tl.arange(0, ROWS)[:, None]
-        mask = (rows < num_parts) & (columns < HIDDEN)
-        total += tl.load(parts_ptr + rows * HIDDEN + columns, mask=mask, other=0.0)
-    found = tl.sum(total, 0, keep_dims=True).to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + columns, found, mask=columns < HIDDEN)
-
-
 _launch_forward = Launcher(_forward_kernel)
 _launch_backward = Launcher(_backward_kernel)
-_launch_sum = Launcher(_sum_kernel)
 
 
 @attrs.frozen
@@ -133,19 +131,27 @@ class Tile:
         rows: Their number, a power of 2.
         block: The hidden size, rounded up to a power of 2.
         num_warps: Warps that share it.
+        programs: How many programs of the backward pass a multiprocessor has room for.
     """
 
     rows: int
     block: int = attrs.field(kw_only=True)
     num_warps: int = attrs.field(kw_only=True)
+    programs: int = attrs.field(kw_only=True)
+
+
+# The largest hidden size whose rows are held in registers; wider ones are read twice.
+LARGEST = 16384
 
 
 @cache
 def tile_for(hidden: int) -> Tile:
     """The tile of a hidden size: about 4096 elements, of one row at least."""
     block = triton.next_power_of_2(hidden)
-    rows = max(1, 4096 // block)
-    return Tile(rows, block=block, num_warps=min(32, max(4, rows * block // 512)))
+    num_warps = min(32, max(8, block // 512))
+    return Tile(
+        max(1, 4096 // block), block=block, num_warps=num_warps, programs=max(1, 16 // num_warps)
+    )
 
 
 def forward(
@@ -153,19 +159,21 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The norm, contiguous, and what it is of where a residual is given."""
     hidden = x.shape[-1]
-    y = _contiguous_like(x)
-    total = None if residual is None else _contiguous_like(x)
-    num_rows = x.numel() // hidden if hidden else 0
-    if num_rows:
-        tile = tile_for(hidden)
-        x, x_stride = _rows(x, hidden)
-        residual, residual_stride = (None, 0) if residual is None else _rows(residual, hidden)
-        _launch_forward(
-            (triton.cdiv(num_rows, tile.rows), 1, 1),
-            (x, residual, weight, y, total, x_stride, residual_stride, num_rows, float(eps)),
-            (hidden, tile.rows, tile.block, rounds_first),
-            num_warps=tile.num_warps,
-        )
+    y = contiguous_like(x)
+    total = None if residual is None else contiguous_like(x)
+    if not y.numel():
+        return y, total
+    num_rows = x.numel() // hidden
+    x, x_stride = rows_of(x, hidden)
+    residual, residual_stride = (None, 0) if residual is None else rows_of(residual, hidden)
+    arguments = (x, residual, weight, y, total, x_stride, residual_stride, num_rows, float(eps))
+    if hidden > LARGEST:
+        wide.forward(arguments, num_rows, hidden, rounds_first)
+        return y, total
+    tile = tile_for(hidden)
+    grid = (triton.cdiv(num_rows, tile.rows), 1, 1)
+    constants = (hidden, tile.rows, tile.block, rounds_first)
+    _launch_forward(grid, arguments, constants, num_warps=tile.num_warps)
     return y, total
 
 
@@ -185,51 +193,29 @@ def backward(
     an order that depends on the shape and the device only.
     """
     hidden = x.shape[-1]
-    dx = _contiguous_like(x)
+    dx = contiguous_like(x)
     dweight = torch.empty_like(weight) if of_weight and weight is not None else None
-    num_rows = x.numel() // hidden if hidden else 0
-    if not num_rows:
+    if not dx.numel():
         return dx, None if dweight is None else dweight.zero_()
+    num_rows = x.numel() // hidden
+    x, x_stride = rows_of(x, hidden)
+    dy, dy_stride = rows_of(dy, hidden)
+    dsum, dsum_stride = (None, 0) if dsum is None else rows_of(dsum, hidden)
+    tensors = (x, weight, dy, dsum, dx)
+    numbers = (x_stride, dy_stride, dsum_stride, num_rows, float(eps))
+    if hidden > LARGEST:
+        wide.backward(tensors, numbers, rounds_first, dweight)
+        return dx, dweight
     tile = tile_for(hidden)
-    num_parts = min(triton.cdiv(num_rows, tile.rows), num_programs(x.get_device()))
-    parts = None
-    if dweight is not None:
-        parts = torch.empty((num_parts, hidden), dtype=torch.float32, device=x.device)
-    x, x_stride = _rows(x, hidden)
-    dy, dy_stride = _rows(dy, hidden)
-    dsum, dsum_stride = (None, 0) if dsum is None else _rows(dsum, hidden)
+    most = tile.programs * num_processors(dx.get_device())
+    num_parts = min(most, triton.cdiv(num_rows, tile.rows))
+    parts = None if dweight is None else new_parts(dweight, num_parts)
     _launch_backward(
         (num_parts, 1, 1),
-        (x, weight, dy, dsum, dx, parts, x_stride, dy_stride, dsum_stride, num_rows, float(eps)),
-        (hidden, tile.rows, tile.block, rounds_first, 1),
+        (*tensors, parts, *numbers),
+        (hidden, tile.rows, tile.block, rounds_first),
         num_warps=tile.num_warps,
     )
     if parts is not None and dweight is not None:
-        _launch_sum(
-            (triton.cdiv(hidden, 32), 1, 1),
-            (parts, dweight, num_parts),
-            (hidden, 64, 32),
-            num_warps=4,
-        )
+        add_up(parts, dweight)
     return dx, dweight
-
-
-@cache
-def num_programs(index: int) -> int:
-    """How many programs of the backward pass a device holds at once."""
-    if index < 0:
-        return 4
-    return 2 * torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    # The quicker of two ways; a new tensor must not have the gaps or the order of a strided one.
-    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
-
-
-def _rows(tensor: Tensor, hidden: int) -> tuple[Tensor, int]:
-    if tensor.is_contiguous():
-        return tensor, hidden
-    rows = tensor.reshape(-1, hidden)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return rows, rows.stride(0)

@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from automodel_fn.ops._launch import Launcher
+from automodel_fn.ops._rows import contiguous_like, rows_of
 
 _BLOCK = 2048
 _WARPS = 8
@@ -64,7 +64,7 @@ _launch_backward = Launcher(_backward_kernel)
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, contiguous."""
-    y = _contiguous_like(gate)
+    y = contiguous_like(gate)
     if y.numel():
         (gate, up), strides, columns, blocks, programs = _laid_out(gate, up)
         _launch_forward(
@@ -78,7 +78,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the gate and of what it multiplies, both contiguous."""
-    dgate, dup = _contiguous_like(gate), _contiguous_like(up)
+    dgate, dup = contiguous_like(gate), contiguous_like(up)
     if dgate.numel():
         (dy, gate, up), strides, columns, blocks, programs = _laid_out(dy, gate, up)
         _launch_backward(
@@ -88,11 +88,6 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=_WARPS,
         )
     return dgate, dup
-
-
-def _contiguous_like(tensor: Tensor) -> Tensor:
-    # The quicker of two ways; a new tensor must not have the gaps or the order of a strided one.
-    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
 
 
 def _laid_out(
@@ -105,8 +100,6 @@ def _laid_out(
         blocks = triton.cdiv(columns, _BLOCK)
         return tensors, (columns,) * len(tensors), columns, blocks, blocks
     columns = tensors[0].shape[-1]
-    flat = [tensor.reshape(-1, columns) for tensor in tensors]
-    rows = tuple(row if row.stride(1) == 1 else row.contiguous() for row in flat)
+    rows, strides = zip(*(rows_of(tensor, columns) for tensor in tensors), strict=True)
     blocks = triton.cdiv(columns, _BLOCK)
-    strides = tuple(row.stride(0) for row in rows)
-    return rows, strides, columns, blocks, blocks * rows[0].shape[0]
+    return rows, strides, columns, blocks, blocks * (tensors[0].numel() // columns)

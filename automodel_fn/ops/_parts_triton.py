@@ -1,0 +1,44 @@
+"""The gradient of a weight that all rows share, of parts: no atomics, the same in every run."""
+# Triton is in no build of torch for the CPU, and what its language returns is not typed.
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from automodel_fn.ops._launch import Launcher
+
+_ROWS, _BLOCK = 64, 32
+
+
+@triton.jit
+def _sum_kernel(
+    parts_ptr, total_ptr, num_parts, LENGTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, num_parts, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        mask = (rows < num_parts) & (columns < LENGTH)
+        total += tl.load(parts_ptr + rows * LENGTH + columns, mask=mask, other=0.0)
+    found = tl.sum(total, 0, keep_dims=True).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + columns, found, mask=columns < LENGTH)
+
+
+_launch_sum = Launcher(_sum_kernel)
+
+
+def new_parts(weight: Tensor, num_parts: int) -> Tensor:
+    """`[num_parts, H]` in float32, not filled: what each program sums over its own rows."""
+    shape = (num_parts, weight.shape[0])
+    return torch.empty(shape, dtype=torch.float32, device=weight.device)
+
+
+def add_up(parts: Tensor, total: Tensor) -> None:
+    """Fill `total` `[H]` with the sum of `parts` `[num_parts, H]`, added in float32."""
+    num_parts, length = parts.shape
+    grid = (triton.cdiv(length, _BLOCK), 1, 1)
+    _launch_sum(grid, (parts, total, num_parts), (length, _ROWS, _BLOCK), num_warps=4)
