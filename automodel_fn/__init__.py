@@ -45,11 +45,15 @@ from automodel_fn.errors import (
 )
 from automodel_fn.nn import Float32RMSNorm
 from automodel_fn.ops import (
+    KernelChoice,
     LMHeadOutput,
     RopeConfig,
     lm_head_logits,
     rms_norm_fp32,
+    rms_norm_kernel,
     rope_config,
+    swiglu,
+    swiglu_kernel,
 )
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
@@ -90,6 +94,7 @@ __all__ = [
     "FieldResolution",
     "Finding",
     "Float32RMSNorm",
+    "KernelChoice",
     "LMHeadOutput",
     "OtherRankError",
     "PartialCastError",
@@ -133,9 +138,12 @@ __all__ = [
     "resolve",
     "restore",
     "rms_norm_fp32",
+    "rms_norm_kernel",
     "rope_config",
     "shard_by_plan",
     "snapshot",
     "step_context",
+    "swiglu",
+    "swiglu_kernel",
     "temporary_cast",
 ]

@@ -14,6 +14,11 @@ from automodel_fn.testing._laws_atomic import InjectedError, InjectedInterrupt, 
 from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
 from automodel_fn.testing._laws_frozen import check_frozen_plan
 from automodel_fn.testing._laws_inverse import check_inverse, check_undo
+from automodel_fn.testing._laws_kernels import (
+    check_rms_norm_residual,
+    check_rms_norm_scale,
+    check_swiglu,
+)
 from automodel_fn.testing._laws_notes import check_notes
 from automodel_fn.testing._laws_ops import (
     check_lm_head_logits,
@@ -33,7 +38,9 @@ from automodel_fn.testing._strategies_models import models
 from automodel_fn.testing._strategies_ops import (
     lm_head_arguments,
     norm_arguments,
+    residual_arguments,
     rope_parameters,
+    swiglu_arguments,
 )
 from automodel_fn.testing._strategies_tensors import dtypes, tensors
 
@@ -55,7 +62,10 @@ __all__ = [
     "check_plan_is_pure",
     "check_resolve",
     "check_rms_norm",
+    "check_rms_norm_residual",
+    "check_rms_norm_scale",
     "check_rope_config",
+    "check_swiglu",
     "check_temporary_cast",
     "check_training_goes_on",
     "check_undo",
@@ -64,8 +74,10 @@ __all__ = [
     "models",
     "norm_arguments",
     "pin_patterns",
+    "residual_arguments",
     "rope_parameters",
     "step_contexts",
+    "swiglu_arguments",
     "te_stand_ins",
     "tensors",
 ]

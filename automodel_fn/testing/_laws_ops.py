@@ -51,7 +51,7 @@ def check_rms_norm(
     low, high = _allowed_norm(x, weight, eps, weight_multiply)
     squares = x.double().square().sum(-1, keepdim=True)
     overflows = (squares > torch.finfo(torch.float32).max) & (x.dtype != torch.float64)
-    _demand_between(f"rms_norm_fp32 ({weight_multiply!r})", found, low, high, overflows)
+    demand_between(f"rms_norm_fp32 ({weight_multiply!r})", found, low, high, overflows)
     for tensor, was in zip((x, weight), before, strict=True):
         is_kept = tensor is None or was is None or not wrong_elements(fact_of(tensor), was)
         demand(is_kept, "rms_norm_fp32 changed what it was given")
@@ -75,9 +75,14 @@ def _allowed_norm(
     return ends.amin(0), ends.amax(0)
 
 
-def _demand_between(
+def demand_between(
     name: str, found: Tensor, low: Tensor, high: Tensor, excused: Tensor | None = None
 ) -> None:
+    """Demand that elements lie within bounds, or are NaN where a bound is.
+
+    Example:
+        >>> demand_between("one", torch.ones(2), torch.zeros(2), torch.ones(2))
+    """
     is_right = ((found >= low) & (found <= high)) | (found.isnan() & (low.isnan() | high.isnan()))
     if excused is not None:
         is_right = is_right | excused
@@ -136,7 +141,7 @@ def check_lm_head_logits(
     # The second part is what products that underflow may lose.
     unit, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
     slack = (kept.shape[-1] + 3) * unit * (size + 2 * least)
-    _demand_between("a logit", output.logits, (exact - slack).to(dtype), (exact + slack).to(dtype))
+    demand_between("a logit", output.logits, (exact - slack).to(dtype), (exact + slack).to(dtype))
     complaints = list(values_differ(facts_of(lm_head), before))
     demand(not complaints, f"lm_head_logits changed the head: {complaints}")
     if lm_head.weight.requires_grad:
@@ -151,7 +156,7 @@ def _demand_gradient(lm_head: nn.Linear, logits: Tensor, kept: Tensor, unit: flo
     flat = kept.reshape(-1, kept.shape[-1])
     slack = (len(flat) + 1) * unit * flat.abs().sum(0)
     low, high = ((flat.sum(0) + sign * slack).to(stored).expand_as(found) for sign in (-1, 1))
-    _demand_between("a gradient of the weight", found, low, high)
+    demand_between("a gradient of the weight", found, low, high)
 
 
 def _rows(logits_to_keep: int | Tensor, length: int) -> list[int]:

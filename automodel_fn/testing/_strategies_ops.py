@@ -57,6 +57,41 @@ def norm_arguments(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def residual_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `check_rms_norm_residual`, by name: those of a norm, and what is added.
+
+    Args:
+        draw: Given by hypothesis.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(residual_arguments(), lambda found: True)["residual"].dim()
+        1
+    """
+    found = draw(norm_arguments())
+    dtype = draw(st.sampled_from((*CASTABLE, torch.float64)))
+    return {**found, "residual": draw(_tensors(dtype, tuple(found["x"].shape), 1000.0))}
+
+
+@st.composite
+def swiglu_arguments(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Arguments of `check_swiglu`, by name: every dtype, empty and strided inputs.
+
+    Args:
+        draw: Given by hypothesis.
+
+    Example:
+        >>> from hypothesis import find
+        >>> sorted(find(swiglu_arguments(), lambda found: True))
+        ['gate', 'up']
+    """
+    shape = tuple(draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)))
+    dtype = draw(st.sampled_from((*CASTABLE, torch.float64)))
+    largest = 200.0 if dtype == torch.float16 else 2.0**62
+    return {name: draw(_tensors(dtype, shape, largest)) for name in ("gate", "up")}
+
+
+@st.composite
 def lm_head_arguments(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of `check_lm_head_logits`, by name: heads, hidden states, what to keep of them.
 
