@@ -6,6 +6,7 @@ Shapes: `[..., H]` is any number of leading dimensions, then the hidden one, whi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -21,10 +22,12 @@ from automodel_fn.ops._choice import (
     kernel_choice,
 )
 from automodel_fn.ops._rms_norm_autograd import eager_torch, eager_triton
-from automodel_fn.ops._rms_norm_torch import added, composed, is_sharded_on_last
+from automodel_fn.ops._rms_norm_torch import added, composed, is_sharded_on_last, natively
 
 WeightMultiply = Literal["fp32", "input"]
 _WEIGHT_MULTIPLIES = ("fp32", "input")
+# Elements from which less memory traffic on a CPU is worth more than fewer calls.
+_WORTH_LESS_MEMORY = 2**17
 
 
 @overload
@@ -112,7 +115,7 @@ def rms_norm_fp32(
     if torch.compiler.is_compiling():
         by = _by_operators if is_exporting() else _by_operator
         return by(x, weight, eps, weight_multiply, residual)
-    if rms_norm_kernel(x, weight, residual).name == "torch":
+    if not x.is_cuda or rms_norm_kernel(x, weight, residual).name == "torch":
         return _by_operators(x, weight, eps, weight_multiply, residual)
     if is_watched() or not is_plain(x):
         return _by_operator(x, weight, eps, weight_multiply, residual)
@@ -203,7 +206,13 @@ def _by_operators(
     x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     total = x if residual is None else added(x, residual)
-    is_simple = not torch.compiler.is_compiling() and total.is_cpu and is_plain(total)
-    is_simple = is_simple and (weight is None or is_plain(weight))
-    y = (eager_torch if is_simple else composed)(total, weight, eps, weight_multiply)
+    y = _implementation(total, weight)(total, weight, eps, weight_multiply)
     return y if residual is None else (y, total)
+
+
+def _implementation(x: Tensor, weight: Tensor | None) -> Callable[..., Tensor]:
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return composed
+    if not is_plain(x) or not (weight is None or is_plain(weight)):
+        return composed
+    return eager_torch if x.numel() >= _WORTH_LESS_MEMORY else natively

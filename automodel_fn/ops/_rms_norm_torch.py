@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 Gradients = tuple[Tensor | None, Tensor | None]
@@ -47,6 +46,18 @@ def composed(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str)
         found = _divided_by_rms(wide, eps)
         return (found if wide_weight is None else found * wide_weight).to(x.dtype)
     return functional.rms_norm(wide, (x.shape[-1],), wide_weight, eps).to(x.dtype)
+
+
+def natively(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
+    """The bits of `composed` on a CPU, in one call where torch widens and rounds by itself.
+
+    Example:
+        >>> natively(torch.tensor([3.0, 4.0]), None, 0.0, "fp32")
+        tensor([0.8485, 1.1314])
+    """
+    if weight_multiply == "fp32" and (weight is None or weight.dtype == x.dtype):
+        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    return composed(x, weight, eps, weight_multiply)
 
 
 def in_place(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
@@ -125,7 +136,7 @@ def gradients_in_place(
     return of_x, of_weight
 
 
-def is_sharded_on_last(x: Any) -> bool:
+def is_sharded_on_last(x: Tensor) -> bool:
     """Whether it is a DTensor whose rows lie on several devices.
 
     Example:
@@ -133,8 +144,8 @@ def is_sharded_on_last(x: Any) -> bool:
         False
     """
     # torch's own rms_norm adds eps in place, which a mean over a sharded dimension cannot take.
-    placements = getattr(x, "placements", ())
-    return any(getattr(placement, "dim", None) == x.dim() - 1 for placement in placements)
+    last = x.dim() - 1
+    return isinstance(x, DTensor) and any(place.is_shard(last) for place in x.placements)
 
 
 def _divided_by_rms(wide: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ from automodel_fn.ops._choice import (
     kernel_choice,
 )
 from automodel_fn.ops._swiglu_operators import multiplied
-from automodel_fn.ops._swiglu_torch import composed, gradients, in_place
+from automodel_fn.ops._swiglu_torch import composed, gradients, gradients_in_place, in_place
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -137,4 +137,6 @@ class _ByTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients(dy, *ctx.saved_tensors)
+        # Gradients are on where this is to be differentiated again.
+        made = gradients if torch.is_grad_enabled() else gradients_in_place
+        return made(dy, *ctx.saved_tensors)

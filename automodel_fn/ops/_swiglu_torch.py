@@ -41,5 +41,18 @@ def gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return (dy * _wide(up) * slope).to(dtype), (dy * gate * sigmoid).to(dtype)
 
 
+def gradients_in_place(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """What `gradients` gives, up to a rounding in float32, in less memory.
+
+    Example:
+        >>> gradients_in_place(torch.ones(1), torch.zeros(1), torch.ones(1))
+        (tensor([0.5000]), tensor([0.]))
+    """
+    wide, grad = _wide(gate), _wide(dy)
+    dup = functional.silu(wide).mul_(grad).to(gate.dtype)
+    inner = grad * up if grad is dy else grad.mul_(up)
+    return torch.ops.aten.silu_backward(inner, wide).to(gate.dtype), dup
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
