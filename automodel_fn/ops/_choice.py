@@ -70,7 +70,7 @@ def is_plain(tensor: Tensor) -> bool:
         >>> is_plain(torch.ones(2)), is_plain(nn.Parameter(torch.ones(2)))
         (True, True)
     """
-    functorch: Any = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return type(tensor) in _PLAIN and not functorch.is_functorch_wrapped_tensor(tensor)
 
 

@@ -39,8 +39,8 @@ class KernelLaunch:
 @cache
 def kernel_launch() -> KernelLaunch:
     """How kernels are launched in this process. Imports Triton."""
-    import triton
-    from triton import knobs
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton import knobs  # pyright: ignore[reportMissingImports]
 
     if knobs.runtime.interpret:
         return KernelLaunch("triton", reason="TRITON_INTERPRET is set")
@@ -133,7 +133,7 @@ class Launcher:
 
 
 def _runtime_knobs() -> Any:
-    from triton import knobs
+    from triton import knobs  # pyright: ignore[reportMissingImports]
 
     return knobs.runtime
 

@@ -73,9 +73,12 @@ class _ByTriton(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Any, ...]:
         from automodel_fn.ops._rms_norm_triton import backward
 
+        dy, dsum = grad_outputs if len(grad_outputs) == 2 else (*grad_outputs, None)
         x, weight = ctx.saved_tensors
         eps, rounds_first, residual_dtype = ctx.options
         dx, dweight = dsum, None
@@ -98,8 +101,9 @@ class _ByTorch(torch.autograd.Function):
         return in_place(x, weight, eps, weight_multiply)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        (dy,), (x, weight), (eps, weight_multiply) = grad_outputs, ctx.saved_tensors, ctx.options
         # Gradients are on where this is to be differentiated again.
-        is_last = not torch.is_grad_enabled()
-        made = gradients_in_place if is_last else gradients
-        return *made(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:2]), None, None
+        made = gradients if torch.is_grad_enabled() else gradients_in_place
+        wanted = ctx.needs_input_grad[:2]
+        return *made(dy, x, weight, eps, weight_multiply, wanted), None, None

@@ -121,10 +121,12 @@ class _ByTriton(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor, Tensor]:
         from automodel_fn.ops._swiglu_triton import backward
 
-        return backward(dy, *ctx.saved_tensors)
+        return backward(*grad_outputs, *ctx.saved_tensors)
 
 
 class _ByTorch(torch.autograd.Function):
@@ -136,7 +138,7 @@ class _ByTorch(torch.autograd.Function):
         return in_place(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor]:
         # Gradients are on where this is to be differentiated again.
         made = gradients if torch.is_grad_enabled() else gradients_in_place
-        return made(dy, *ctx.saved_tensors)
+        return made(*grad_outputs, *ctx.saved_tensors)
