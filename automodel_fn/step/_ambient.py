@@ -55,10 +55,10 @@ def current_step() -> StepContext:
 
 def eager_step() -> StepContext:
     """As `current_step`, for code that knows that it is not being compiled."""
-    entry, shown = innermost.get(), this_thread.shown
+    shown = this_thread.shown
     # What every forward asks, in as few steps as can be: no backward, and nobody took turns.
-    if entry is shown.published and (entry is None or entry.is_open) and current_node() is None:
-        return shown.base.step if entry is None else entry.step
+    if innermost.get() is shown.published and current_node() is None:
+        return shown.step
     return step_at(open_entry(), evaluation())
 
 
@@ -129,7 +129,7 @@ class step_context(Entry):
         if self._scope is not None:
             raise ScopeError("this step_context is entered already; make a new one for each with.")
         shown, parent = this_thread.shown, innermost.get()
-        if parent is not shown.published or not (parent is None or parent.is_open):
+        if parent is not shown.published:
             parent = open_entry()
         now = None if current_node() is None else evaluation()
         step, microbatch = self._given, self._microbatch

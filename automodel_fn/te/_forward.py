@@ -18,15 +18,13 @@ from torch.nn import Parameter
 
 from automodel_fn.errors import PatchError
 from automodel_fn.step._context import StepContext
-from automodel_fn.te._cache import forget
+from automodel_fn.te._cache import Told, forget
 from automodel_fn.te._classes import FIRST_MICROBATCH, takes_step
 from automodel_fn.te._shapes import SHAPE_RULES, ShapeRule
 from automodel_fn.te._unallocated import is_tensor_abstract
 
 Forward = Callable[..., Any]
 StepReader = Callable[[], StepContext]
-Told = Callable[[nn.Module, bool], bool | None]
-"""What a module is told as `is_first_microbatch`; the forward follows."""
 
 
 def with_step(
