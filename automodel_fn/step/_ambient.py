@@ -134,7 +134,7 @@ class step_context(Entry):
         now = None if current_node() is None else evaluation()
         step, microbatch = self._given, self._microbatch
         if step is None:
-            outer = (parent or shown.base).step if now is None else step_at(parent, now)
+            outer = shown.step if now is None else step_at(parent, now)
             first, optim = self._first_microbatch, self._optim_step
             if first is _UNSET:
                 first = outer.first_microbatch
@@ -169,11 +169,11 @@ class step_context(Entry):
         entry, self._scope = self._scope, None
         if entry is None:
             raise ScopeError("this step_context is not entered: left twice, or never entered.")
-        if not entry.is_open:
-            return  # ended by a scope that was left out of order, which has been reported
         shown = this_thread.shown
         if innermost.get() is not entry or shown.published is not entry:
-            _leave_otherwise(entry, exc_type)
+            # Not one ended by a scope that was left out of order, which has been reported.
+            if entry.is_open:
+                _leave_otherwise(entry, exc_type)
             return
         entry.is_open = False
         parent = entry.parent
