@@ -11,23 +11,35 @@ Loop = Callable[[int], object]
 """Does something as often as it is told."""
 
 
-def interleaved_ns(loops: Mapping[str, Loop], *, calls: int, rounds: int) -> dict[str, list[float]]:
+def interleaved_ns(
+    loops: Mapping[str, Loop],
+    *,
+    calls: int,
+    rounds: int,
+    settle: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
     """Nanoseconds a call of each loop, in each round; the collector is paused.
+
+    Which loop is the first one changes from round to round.
 
     Args:
         loops: What is measured, by name; each is run once before.
         calls: How often a loop does its thing in one round.
         rounds: How many rounds.
+        settle: Called before each loop, outside of what is timed.
     """
     found: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop(calls)
+    order = tuple(loops.items())
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, loop in loops.items():
+        for number in range(rounds):
+            first = number % len(loops)
+            for name, loop in (*order[first:], *order[:first]):
+                settle()
                 start = time.perf_counter_ns()
                 loop(calls)
                 found[name].append((time.perf_counter_ns() - start) / calls)

@@ -55,10 +55,10 @@ def current_step() -> StepContext:
 
 def eager_step() -> StepContext:
     """As `current_step`, for code that knows that it is not being compiled."""
-    entry, shown = innermost.get(), this_thread.shown
+    shown = this_thread.shown
     # What every forward asks, in as few steps as can be: no backward, and nobody took turns.
-    if entry is shown.published and (entry is None or entry.is_open) and current_node() is None:
-        return shown.base.step if entry is None else entry.step
+    if innermost.get() is shown.published and current_node() is None:
+        return shown.step
     return step_at(open_entry(), evaluation())
 
 
@@ -129,12 +129,12 @@ class step_context(Entry):
         if self._scope is not None:
             raise ScopeError("this step_context is entered already; make a new one for each with.")
         shown, parent = this_thread.shown, innermost.get()
-        if parent is not shown.published or not (parent is None or parent.is_open):
+        if parent is not shown.published:
             parent = open_entry()
         now = None if current_node() is None else evaluation()
         step, microbatch = self._given, self._microbatch
         if step is None:
-            outer = (parent or shown.base).step if now is None else step_at(parent, now)
+            outer = shown.step if now is None else step_at(parent, now)
             first, optim = self._first_microbatch, self._optim_step
             if first is _UNSET:
                 first = outer.first_microbatch
@@ -169,11 +169,11 @@ class step_context(Entry):
         entry, self._scope = self._scope, None
         if entry is None:
             raise ScopeError("this step_context is not entered: left twice, or never entered.")
-        if not entry.is_open:
-            return  # ended by a scope that was left out of order, which has been reported
         shown = this_thread.shown
         if innermost.get() is not entry or shown.published is not entry:
-            _leave_otherwise(entry, exc_type)
+            # Not one ended by a scope that was left out of order, which has been reported.
+            if entry.is_open:
+                _leave_otherwise(entry, exc_type)
             return
         entry.is_open = False
         parent = entry.parent

@@ -56,12 +56,15 @@ def _outermost(step: StepContext) -> Entry:
 
 NOWHERE = _outermost(OFF)
 """Outside of every scope."""
+ENDED = Entry()
+"""Published in the place of a scope that was left elsewhere: no scope is this one."""
 
 
 class Shown:
     """What a thread's compiled code and its backwards see of its scopes.
 
     Compiled code reads `mirror`: a step, and no scope, so that nothing else of a scope is guarded.
+    Eager code reads `step`, where `published` is its innermost scope.
     One object a thread: a thread-local attribute takes longer to read than any other.
     """
 
@@ -70,6 +73,7 @@ class Shown:
         self.base = NOWHERE
         self.mirror = OFF
         self.published: Entry | None = None
+        self.step = OFF
         self.task_scopes: set[Entry] = set()
         self.first_task_node = 0
         self.have_tasks_taken_turns = False
@@ -110,7 +114,7 @@ def show(shown: Shown, entry: Entry | None) -> None:
     if shown.task_scopes or not shown.is_handed:
         _show_otherwise(shown, entry or shown.base)
         return
-    step = shown.base.step if entry is None else entry.step
+    step = shown.step = shown.base.step if entry is None else entry.step
     shown.mirror = step if entry is None or entry.shown is shown else OFF
     if shown.starts[-1] == next_node():
         shown.steps[-1] = step
@@ -120,6 +124,7 @@ def show(shown: Shown, entry: Entry | None) -> None:
 
 def _show_otherwise(shown: Shown, scope: Entry) -> None:
     """The first time in a thread, in a backward, or among asyncio tasks."""
+    shown.step = scope.step
     is_foreign = scope.shown is not None and scope.shown is not shown
     shown.mirror = OFF if shown.task_scopes or is_foreign else scope.step
     if not shown.is_handed and evaluation() is None:
@@ -136,7 +141,7 @@ def end(entry: Entry) -> None:
     if entry.task_scopes is not None:
         entry.task_scopes.discard(entry)
     if entry.shown is not None and entry.shown.published is entry:
-        entry.shown.mirror = OFF
+        entry.shown.published, entry.shown.mirror = ENDED, OFF
 
 
 def base_step() -> StepContext:

@@ -26,15 +26,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 @attrs.define
 class _Counts:
-    """How often something happened that no weight shows by itself."""
+    """How often something happened that no weight shows by itself; `events` counts all of it."""
 
     optimizer_steps: int = 0
-    invalidations: int = 0
+    events: int = 0
     sharded_invalidations: int = 0
     is_watching: bool = False
 
 
-_counts = _Counts()
+counts = _Counts()
 _INVALIDATIONS = "_automodel_fn_invalidations"
 """Attribute of a tensor; a table with weak references would keep `swap_tensors` from working."""
 
@@ -65,92 +65,13 @@ def weight_stamp(weight: torch.Tensor) -> WeightStamp:
         >>> weight_stamp(weight.add_(1)) == before
         False
     """
-    _watch_optimizers()
+    watch_optimizers()
     return WeightStamp(
         _storage_ref(weight),
         place=_place(weight),
         version=0 if is_lazy(weight) or weight.is_inference() else weight._version,
-        optimizer_steps=_counts.optimizer_steps,
-        invalidations=_invalidations(weight),
-    )
-
-
-class WeightWatch:
-    """Tells whether a weight is still as it was when something was made from it.
-
-    As comparing stamps, in a fifth of the time, for a question that every forward asks. Refers to
-    the weight by its identity and to its storage weakly: it keeps neither alive.
-
-    Example:
-        >>> weight = torch.ones(2)
-        >>> watch = WeightWatch(weight)
-        >>> watch.is_same(weight)
-        True
-        >>> watch.is_same(weight.add_(1))
-        False
-    """
-
-    __slots__ = (
-        "_all_invalidations",
-        "_id",
-        "_invalidations",
-        "_offset",
-        "_optimizer_steps",
-        "_stamp",
-        "_storage",
-        "_storage_ref",
-        "_stride",
-        "_version",
-    )
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        _watch_optimizers()
-        self._storage: int | None = None
-        self.take(weight)
-
-    def take(self, weight: torch.Tensor) -> None:
-        """From now on the weight as it is now is the one to compare with."""
-        self._optimizer_steps = _counts.optimizer_steps
-        self._all_invalidations = _counts.invalidations
-        self._invalidations = _invalidations(weight)
-        self._id = id(weight)
-        self._stamp = None if _is_ordinary(weight) else weight_stamp(weight)
-        if self._stamp is not None:
-            self._storage = self._storage_ref = None
-            return
-        storage = weight.untyped_storage()
-        if storage._cdata != self._storage:
-            # While it is referred to, its address cannot be that of another. A reference takes
-            # longer to make than all the rest, and an optimizer step needs no new one.
-            self._storage_ref = StorageWeakRef(storage)
-            self._storage = storage._cdata
-        self._version, self._offset = weight._version, weight.storage_offset()
-        self._stride = weight.stride()
-
-    def is_same(self, weight: torch.Tensor) -> bool:
-        """Whether the weight has not changed since."""
-        if self._optimizer_steps != _counts.optimizer_steps or self._id != id(weight):
-            return False
-        if self._stamp is not None:
-            return weight_stamp(weight) == self._stamp
-        return (
-            self._version == weight._version
-            and self._storage == weight.untyped_storage()._cdata
-            and self._offset == weight.storage_offset()
-            and self._stride == weight.stride()
-            and (
-                self._all_invalidations == _counts.invalidations
-                or self._invalidations == _invalidations(weight)
-            )
-        )
-
-
-def _is_ordinary(weight: torch.Tensor) -> bool:
-    """Whether a weight has a storage of its own and counts its versions."""
-    return (
-        type(weight) in (nn.Parameter, torch.Tensor)
-        and weight.layout is torch.strided
-        and not weight.is_inference()
+        optimizer_steps=counts.optimizer_steps,
+        invalidations=invalidations(weight),
     )
 
 
@@ -175,14 +96,15 @@ def invalidate(model: nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> None
     else:
         tensors = (model,) if isinstance(model, torch.Tensor) else model
     for tensor in tensors:
-        _counts.invalidations += 1
-        setattr(tensor, _INVALIDATIONS, _invalidations(tensor) + 1)
+        counts.events += 1
+        setattr(tensor, _INVALIDATIONS, invalidations(tensor) + 1)
         # A forward under FSDP2 sees another tensor object than the model's: count for every weight.
-        _counts.sharded_invalidations += isinstance(tensor, DTensor)
+        counts.sharded_invalidations += isinstance(tensor, DTensor)
 
 
-def _invalidations(weight: torch.Tensor) -> int:
-    return getattr(weight, _INVALIDATIONS, 0) + _counts.sharded_invalidations
+def invalidations(weight: torch.Tensor) -> int:
+    """How often `invalidate` may have meant this weight."""
+    return getattr(weight, _INVALIDATIONS, 0) + counts.sharded_invalidations
 
 
 def _place(weight: torch.Tensor) -> tuple[Any, ...]:
@@ -200,12 +122,14 @@ def _storage_ref(weight: torch.Tensor) -> StorageWeakRef | None:
         return None  # a wrapper without a storage of its own, a sparse or an uninitialized tensor
 
 
-def _watch_optimizers() -> None:
-    if _counts.is_watching:
+def watch_optimizers() -> None:
+    """Count optimizer steps from now on, if they are not counted yet."""
+    if counts.is_watching:
         return
 
     def count(*_: Any) -> None:
-        _counts.optimizer_steps += 1
+        counts.optimizer_steps += 1
+        counts.events += 1
 
     register_optimizer_step_post_hook(count)
-    _counts.is_watching = True
+    counts.is_watching = True

@@ -23,6 +23,10 @@ def gradient_sync(model: nn.Module, step: StepContext) -> Generator[None]:
     decides in the forward. Replaces `enable_fsdp_optimizations` and the flag `IS_OPTIM_STEP` (NeMo
     Automodel).
 
+    A stage of `torch.distributed.pipelining` whose module is sharded as a whole decides for itself,
+    and reduces at the end of each schedule step; one of whose module only parts are sharded is held
+    back as any other model.
+
     Args:
         model: The model, wrapped or not.
         step: The step of this microbatch, as `accumulate` gives it.

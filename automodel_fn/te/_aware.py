@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from automodel_fn.step._ambient import eager_step
-from automodel_fn.te._cache import microbatch_flag
+from automodel_fn.te._cache import flag_teller
 from automodel_fn.te._forward import wrapped_forward
 from automodel_fn.te._load import recipe_reader
 from automodel_fn.te._record import aware, is_strict, lock
@@ -38,7 +38,7 @@ def _subclass(cls: type[nn.Module], field: str) -> type[Any]:
     def inherited(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
 
-    told = partial(microbatch_flag, recipe_reader(), partial(is_strict, cls))
+    told = flag_teller(recipe_reader(), partial(is_strict, cls))
 
     def reduced(self: nn.Module, protocol: Any) -> Any:
         how = cls.__reduce_ex__(self, protocol)

@@ -20,6 +20,8 @@ from automodel_fn.step._autograd import current_node
 from automodel_fn.te._kept import UNKNOWN, CacheCounts, Kept
 
 RecipeReader = Callable[[], object]
+Told = Callable[[nn.Module, bool], bool | None]
+"""What a module is told as `is_first_microbatch`; the forward follows."""
 _ATTRIBUTE = "_automodel_fn_cache"
 
 
@@ -48,48 +50,54 @@ def _caches(module: nn.Module) -> Iterator[Kept]:
         yield cache
 
 
-def microbatch_flag(
-    read_recipe: RecipeReader, is_strict: Callable[[], bool], module: nn.Module, first: bool
-) -> bool | None:
-    """What a module is to be told as `is_first_microbatch`, in a microbatch that is one or is not.
+def flag_teller(read_recipe: RecipeReader, is_strict: Callable[[], bool]) -> Told:
+    """What tells a module, in a microbatch that is the first one or is not, which of both it is.
 
-    Drops what the module keeps where that was not made from its weights as they are.
+    Before it does, it drops what the module keeps where that was not made from its weights as they
+    are. Every forward asks it: one function, since each more costs as much as what it asks.
 
     Args:
         read_recipe: Gives the recipe in force; None where nothing is quantized.
-        is_strict: Whether a weight that has changed is an error.
-        module: The module, whose forward is to follow.
-        first: Whether the microbatch is the first one.
-
-    Raises:
-        StaleWeightError: A weight has changed since the first microbatch, and that is an error.
+        is_strict: Whether a weight that has changed is an error: a StaleWeightError, raised where
+            it is told.
     """
-    cache: Kept | None = vars(module).get(_ATTRIBUTE)
-    if cache is None or (cache.edges and not cache.has_these()):
-        cache = Kept(module, CacheCounts() if cache is None else cache.counts())
-        vars(module)[_ATTRIBUTE] = cache
-    recipe = read_recipe()
-    if recipe is None:
-        return first and not cache.fuses  # Without FP8 nothing is kept.
-    is_repeated = False
-    if first:
-        microbatch = current_microbatch()
-        is_repeated = microbatch is not None and microbatch == cache.microbatch
-        if not is_repeated:
-            if microbatch is not None:
-                cache.microbatch = microbatch
+
+    def told(module: nn.Module, first: bool) -> bool | None:
+        cache: Kept | None = module.__dict__.get(_ATTRIBUTE)
+        if cache is None or (cache.edges and not cache.has_these()):
+            cache = Kept(module, CacheCounts() if cache is None else cache.counts())
+            module.__dict__[_ATTRIBUTE] = cache
+        recipe = read_recipe()
+        if recipe is None:
+            return first and not cache.fuses  # Without FP8 nothing is kept.
+        is_repeated = first and not _begins(cache)
+        if first and not is_repeated:
             return _filling(cache, module, recipe)
-    if cache.is_fresh(recipe):
-        cache.reused += not is_repeated
-        cache.repeated += is_repeated
-        return False
-    return _refreshing(cache, module, recipe, is_strict)
+        if (cache.recipe is recipe or cache.is_by(recipe)) and cache.watch.are_same():
+            if is_repeated:
+                cache.repeated += 1
+            else:
+                cache.reused += 1
+            return False
+        return _refreshing(cache, module, recipe, is_strict)
+
+    return told
+
+
+def _begins(cache: Kept) -> bool:
+    """Whether this call is the module's first one in its first microbatch."""
+    microbatch = current_microbatch()
+    if microbatch is None:
+        return True
+    is_new = microbatch != cache.microbatch
+    cache.microbatch = microbatch
+    return is_new
 
 
 def _filling(cache: Kept, module: nn.Module, recipe: object) -> bool | None:
     if cache.fuses and not _may_drop(module):
         return None
-    cache.take(recipe)
+    cache.take(module, recipe)
     cache.filled += 1
     if cache.fuses:
         cache.drop()
@@ -109,7 +117,7 @@ def _refreshing(
             raise StaleWeightError(_staleness(cache, module, recipe))
         cache.refreshed += 1
     cache.drop()
-    cache.take(recipe)
+    cache.take(module, recipe)
     return False
 
 
@@ -131,12 +139,7 @@ def forget(module: nn.Module) -> None:
 
 
 def _staleness(cache: Kept, module: nn.Module, recipe: object) -> str:
-    changed = [
-        name
-        for within, name, watch in cache.watched
-        if watch is None or name not in within or not watch.is_same(within[name])
-    ]
-    what = ", ".join(changed) or f"the recipe, now {recipe!r}"
+    what = ", ".join(cache.watch.changed()) or f"the recipe, now {recipe!r}"
     return (
         f"on_stale='raise': {type(module).__name__} keeps quantized weights that are to be reused "
         f"(first_microbatch=False), and were not made from what is there now; changed: {what}. "

@@ -18,15 +18,14 @@ from torch.nn import Parameter
 
 from automodel_fn.errors import PatchError
 from automodel_fn.step._context import StepContext
-from automodel_fn.te._cache import forget
+from automodel_fn.te._cache import Told, forget
 from automodel_fn.te._classes import FIRST_MICROBATCH, takes_step
 from automodel_fn.te._shapes import SHAPE_RULES, ShapeRule
 from automodel_fn.te._unallocated import is_tensor_abstract
 
 Forward = Callable[..., Any]
 StepReader = Callable[[], StepContext]
-Told = Callable[[nn.Module, bool], bool | None]
-"""What a module is told as `is_first_microbatch`; the forward follows."""
+_NOT_GIVEN: Any = object()
 
 
 def with_step(
@@ -60,20 +59,23 @@ def with_step(
     first_parameter = _first_parameter(forward)
 
     @wraps(forward)
-    def stepping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def stepping(self: nn.Module, inp: Any = _NOT_GIVEN, /, *args: Any, **kwargs: Any) -> Any:
+        # Most calls give the input by position and nothing else: passed on as it is, since to pack
+        # and unpack arguments takes as long as to read the step.
+        is_plain = True
+        if args or kwargs or inp is _NOT_GIVEN:
+            is_plain = False
+            args = args if inp is _NOT_GIVEN else (inp, *args)
+            inp = args[0] if args else kwargs.get(first_parameter)
         if is_dynamo_compiling():
-            return shaped(self, *args, **kwargs)
-        inp: Any = args[0] if args else kwargs.get(first_parameter)
+            return shaped(self, inp) if is_plain else shaped(self, *args, **kwargs)
         kind = type(inp)
         # Whatever is not an ordinary tensor with values: its shape may be all that is wanted.
         if (kind is not Tensor and kind is not Parameter) or inp.is_meta:
             if is_compiling():
-                return shaped(self, *args, **kwargs)
+                return shaped(self, inp) if is_plain else shaped(self, *args, **kwargs)
             if rule is not None and isinstance(inp, Tensor) and is_tensor_abstract(inp):
                 return rule(self, inp)
-        # Most calls give the input by position and nothing else: passed on without unpacking,
-        # which takes longer than reading the step.
-        is_plain = not kwargs and len(args) == 1
         if not is_plain and (len(args) > position or FIRST_MICROBATCH in kwargs):
             return forward(self, *args, **kwargs)
         first = read_step().first_microbatch

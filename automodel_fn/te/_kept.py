@@ -8,7 +8,7 @@ import attrs
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from automodel_fn.step._freshness import WeightWatch
+from automodel_fn.step._watch import WeightsWatch
 
 WORKSPACES = "_fp8_workspaces"
 """Transformer Engine's name for the quantized weights that a module keeps."""
@@ -51,10 +51,17 @@ class Kept:
         "refreshed",
         "repeated",
         "reused",
-        "watched",
+        "watch",
     )
 
     def __init__(self, module: nn.Module, counts: CacheCounts) -> None:
+        self._look_at(module)
+        self.recipe: object = UNKNOWN
+        self.microbatch: int | None = None
+        self.filled, self.reused = counts.filled, counts.reused
+        self.refreshed, self.repeated = counts.refreshed, counts.repeated
+
+    def _look_at(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self.edges = [
             (within._modules, name, child)
@@ -63,16 +70,12 @@ class Kept:
         ]
         self.holders = [part for part in modules if WORKSPACES in vars(part)]
         self.fuses = any(getattr(part, "fuse_wgrad_accumulation", False) for part in self.holders)
-        self.watched: list[tuple[dict[str, Any], str, WeightWatch | None]] = [
-            (within._parameters, name, None)
+        self.watch = WeightsWatch(
+            (within._parameters, name)
             for within in modules
             for name, parameter in within._parameters.items()
             if parameter is not None and not is_lazy(parameter) and parameter.dim() > 1
-        ]
-        self.recipe: object = UNKNOWN
-        self.microbatch: int | None = None
-        self.filled, self.reused = counts.filled, counts.reused
-        self.refreshed, self.repeated = counts.refreshed, counts.repeated
+        )
 
     def __reduce__(self) -> Any:
         # A copy of a module has weights and kept weights of its own, of which nothing is known.
@@ -82,25 +85,19 @@ class Kept:
         """Whether the module still consists of the modules that it consisted of."""
         return all(within.get(name) is child for within, name, child in self.edges)
 
-    def take(self, recipe: object) -> None:
+    def take(self, module: nn.Module, recipe: object) -> None:
         """The weights as they are now are those that are kept, as soon as the forward has run."""
-        for index, (within, name, watch) in enumerate(self.watched):
-            if watch is None:
-                self.watched[index] = (within, name, WeightWatch(within[name]))
-            else:
-                watch.take(within[name])
+        if not all(name in weights for weights, name in self.watch.places):
+            self._look_at(module)
+        self.watch.take()
         self.recipe = recipe
 
-    def is_fresh(self, recipe: object) -> bool:
-        """Whether what is kept was made from the weights as they are, by this recipe."""
+    def is_by(self, recipe: object) -> bool:
+        """Whether what is kept was made by this recipe, or by an equal one."""
         if self.recipe is not recipe:
-            if not _is_equal(self.recipe, recipe):
+            if type(self.recipe) is not type(recipe) or self.recipe != recipe:
                 return False
             self.recipe = recipe
-        for within, name, watch in self.watched:
-            weight = within.get(name)
-            if weight is None or watch is None or not watch.is_same(weight):
-                return False
         return True
 
     def drop(self) -> None:
@@ -119,7 +116,3 @@ class Kept:
 
 def _nothing_known() -> None:
     return None
-
-
-def _is_equal(one: object, other: object) -> bool:
-    return type(one) is type(other) and one == other

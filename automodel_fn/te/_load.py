@@ -47,37 +47,35 @@ def recipe_reader() -> Callable[[], object]:
     for name in ("quantization", "fp8"):
         manager = getattr(sys.modules.get(f"{_MODULE}.{name}"), "FP8GlobalStateManager", None)
         if manager is not None:
-            return _Recipes(manager)
+            return _recipes(manager)
     return lambda: "unknown"
 
 
-class _Recipes:
+def _recipes(manager: Any) -> Callable[[], object]:
     """Gives equal recipes as one object, so that asking for a change is mostly asking who it is.
 
     A program that makes a recipe for each autocast would otherwise have every module compare them.
     """
+    seen: object = None
+    given: object = None
 
-    __slots__ = ("_given", "_manager", "_seen")
-
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
-        self._seen: object = None
-        self._given: object = None
-
-    def __call__(self) -> object:
+    def read() -> object:
+        nonlocal seen, given
         # The state and not its methods, where there is one: every forward asks.
-        state = getattr(self._manager, "quantization_state", None)
+        state = getattr(manager, "quantization_state", None)
         if state is None:
-            enabled, recipe = self._manager.is_fp8_enabled(), self._manager.get_fp8_recipe()
+            enabled, recipe = manager.is_fp8_enabled(), manager.get_fp8_recipe()
         else:
             enabled, recipe = state.fp8_enabled, state.fp8_recipe or "default"
         if not enabled:
             return None
-        if recipe is not self._seen:
-            if type(recipe) is not type(self._given) or recipe != self._given:
-                self._given = recipe
-            self._seen = recipe
-        return self._given
+        if recipe is not seen:
+            if type(recipe) is not type(given) or recipe != given:
+                given = recipe
+            seen = recipe
+        return given
+
+    return read
 
 
 def _import() -> Any:

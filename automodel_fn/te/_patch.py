@@ -10,7 +10,7 @@ from torch import nn
 from automodel_fn.errors import ConfigError, PatchError, itemized
 from automodel_fn.handles import Handle
 from automodel_fn.step._ambient import eager_step
-from automodel_fn.te._cache import RecipeReader, microbatch_flag
+from automodel_fn.te._cache import RecipeReader, flag_teller
 from automodel_fn.te._classes import TEClasses
 from automodel_fn.te._forward import StepReader, wrapped_forward
 from automodel_fn.te._load import load_te_classes, recipe_reader
@@ -174,7 +174,7 @@ def _patched(
             wrong.append(f"{cls.__name__}.forward is {cls.forward!r}")
             continue
         try:
-            told = partial(microbatch_flag, read_recipe, partial(is_strict, cls))
+            told = flag_teller(read_recipe, partial(is_strict, cls))
             wrapped = wrapped_forward(cls.forward, field, read_step, cls.__name__, told)
             made.append(Patched(cls, wrapped=wrapped))
         except PatchError as error:

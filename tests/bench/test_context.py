@@ -63,8 +63,15 @@ def test_loops_take_turns_and_each_is_run_once_before():
     seen = []
     loops = {"a": lambda calls: seen.append(("a", calls)), "b": lambda calls: seen.append("b")}
     found = interleaved_ns(loops, calls=3, rounds=2)
-    assert seen == [("a", 3), "b"] * 3
+    assert seen == [("a", 3), "b", ("a", 3), "b", "b", ("a", 3)]
     assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
+
+
+def test_what_settles_before_a_loop_is_not_timed(monkeypatch):
+    clock = itertools.count(step=1000)
+    monkeypatch.setattr(_loops.time, "perf_counter_ns", lambda: next(clock))
+    found = interleaved_ns({"a": lambda _: None}, calls=1, rounds=2, settle=lambda: next(clock))
+    assert found == {"a": [1000.0, 1000.0]}
 
 
 def test_times_are_those_of_a_call(monkeypatch):

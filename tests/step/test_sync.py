@@ -145,8 +145,8 @@ def test_what_is_no_step_is_an_error_and_runs_nothing(step):
     assert ran == []
 
 
-def test_on_two_ranks_nothing_is_reduced_before_the_optimizer_step(on_two_ranks):
-    on_two_ranks("""
+COUNTED = """
+from contextlib import nullcontext
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -161,18 +161,39 @@ for name in (name for name in names if hasattr(dist, name)):
         return original(*args, **kwargs)
     setattr(dist, name, counted)
 
-def seen(model, is_held):
+def seen(model, is_held, run=None):
     found = []
     for step, batch in accumulate([torch.ones(2, 4)] * 5, 2):
         before = len(calls)
-        if is_held:
-            with gradient_sync(model, step):
-                model(batch).sum().backward()
-        else:
-            model(batch).sum().backward()
+        with gradient_sync(model, step) if is_held else nullcontext():
+            run(batch) if run else model(batch).sum().backward()
         found.append(len(calls) - before)
     return found
+"""
+BLOCKS = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.experts = nn.Linear(4, 4), nn.Linear(4, 4)
 
+    def forward(self, x):
+        return x + self.experts(self.dense(x).relu())
+
+experts_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ep", "ep_shard"))["ep_shard"]
+
+def blocks():
+    made = nn.Sequential(Block(), Block())
+    for block in made:
+        fully_shard(block.experts, mesh=experts_mesh)
+        fully_shard(block, mesh=mesh)
+    return made
+"""
+
+
+def test_on_two_ranks_nothing_is_reduced_before_the_optimizer_step(on_two_ranks):
+    on_two_ranks(
+        COUNTED
+        + """
 layers = [fully_shard(nn.Linear(4, 4), mesh=mesh) for _ in range(2)]
 model = fully_shard(nn.Sequential(*layers), mesh=mesh)
 assert seen(model, True) == [0, 2, 0, 2, 2], seen(model, True)
@@ -185,4 +206,46 @@ ddp = DistributedDataParallel(nn.Linear(4, 4))
 ddp.register_comm_hook(None, hook)
 assert seen(ddp, True) == [0, 1, 0, 1, 1]
 assert seen(ddp, False) == [1] * 5
-""")
+"""
+    )
+
+
+def test_experts_on_a_mesh_of_their_own_are_held_back_with_the_rest(on_two_ranks):
+    on_two_ranks(
+        COUNTED
+        + BLOCKS
+        + """
+model = fully_shard(blocks(), mesh=mesh)
+plain = nn.Sequential(Block(), Block())
+plain.load_state_dict({name: p.full_tensor() for name, p in model.state_dict().items()})
+assert seen(model, True) == [0, 4, 0, 4, 4], seen(model, True)
+for _ in range(5):
+    plain(torch.ones(2, 4)).sum().backward()
+for (name, sharded), whole in zip(model.named_parameters(), plain.parameters(), strict=True):
+    torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad, msg=name)
+assert seen(model, False) == [4] * 5
+"""
+    )
+
+
+def test_a_pipeline_stage_is_held_back_where_only_its_parts_are_sharded(on_two_ranks):
+    on_two_ranks(
+        COUNTED
+        + BLOCKS
+        + """
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+group = init_device_mesh("cpu", (1, 2), mesh_dim_names=("pp", "dp")).get_group("pp")
+
+def reduced(model):
+    stage = PipelineStage(model, 0, 1, torch.device("cpu"), group=group)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda out, target: out.sum())
+    return seen(model, True, lambda batch: schedule.step(batch, target=batch))
+
+parts = reduced(blocks())
+assert parts == [0, 8, 0, 8, 8], parts
+# PyTorch's stage decides for a module that is sharded as a whole: once in each schedule step.
+whole = reduced(fully_shard(blocks(), mesh=mesh))
+assert whole == [4] * 5, whole
+"""
+    )

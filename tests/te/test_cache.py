@@ -6,6 +6,7 @@ from functools import partial
 import attrs
 import pytest
 import torch
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from automodel_fn import (
@@ -185,6 +186,27 @@ def test_a_part_that_is_replaced_is_looked_at(patched, made, example):
         part.fc1_weight.mul_(-2)
     layer.layernorm_mlp = part
     assert torch.equal(run(layer, False, inp), uncached(layer, inp))
+
+
+def test_a_weight_that_comes_to_be_parametrized_is_looked_at(layer, x):
+    run(layer, True, x)
+    parametrize.register_parametrization(layer, "weight", torch.nn.Tanh())
+    for first in (False, True, False):
+        assert torch.equal(run(layer, first, x), uncached(layer, x))
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(2)
+    assert torch.equal(run(layer, False, x), uncached(layer, x))
+    parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(run(layer, False, x), uncached(layer, x))
+    assert cache_counts(layer) == CacheCounts(filled=3, reused=1, refreshed=2)
+
+
+def test_fewer_rows_of_the_same_storage_are_another_weight(classes, x):
+    with patch_classes(classes, eager_step):
+        layer = classes.linear(4, 6, bias=False)
+        run(layer, True, x)
+        layer.weight.data = layer.weight.data[:2]
+        assert torch.equal(run(layer, False, x), uncached(layer, x))
 
 
 @attrs.frozen
