@@ -1,7 +1,22 @@
 """Functions on tensors and on configs, stateless, each beside its plain reference."""
 
+from automodel_fn.ops._apply_rope import apply_rope
+from automodel_fn.ops._choice import KernelChoice
 from automodel_fn.ops._logits import LMHeadOutput, lm_head_logits
 from automodel_fn.ops._rms_norm import rms_norm_fp32
 from automodel_fn.ops._rope import RopeConfig, rope_config
+from automodel_fn.ops._rope_eager import rope_kernel
+from automodel_fn.ops._rope_tables import RopeTables, rope_tables
 
-__all__ = ["LMHeadOutput", "RopeConfig", "lm_head_logits", "rms_norm_fp32", "rope_config"]
+__all__ = [
+    "KernelChoice",
+    "LMHeadOutput",
+    "RopeConfig",
+    "RopeTables",
+    "apply_rope",
+    "lm_head_logits",
+    "rms_norm_fp32",
+    "rope_config",
+    "rope_kernel",
+    "rope_tables",
+]
