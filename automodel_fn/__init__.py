@@ -47,9 +47,12 @@ from automodel_fn.nn import Float32RMSNorm
 from automodel_fn.ops import (
     LMHeadOutput,
     RopeConfig,
+    RopeTables,
+    apply_rope,
     lm_head_logits,
     rms_norm_fp32,
     rope_config,
+    rope_tables,
 )
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
@@ -100,6 +103,7 @@ __all__ = [
     "RangeLoss",
     "Resolution",
     "RopeConfig",
+    "RopeTables",
     "Row",
     "SavedTensor",
     "ScopeError",
@@ -111,6 +115,7 @@ __all__ = [
     "TensorCast",
     "accumulate",
     "apply",
+    "apply_rope",
     "audit",
     "bf16",
     "bind",
@@ -134,6 +139,7 @@ __all__ = [
     "restore",
     "rms_norm_fp32",
     "rope_config",
+    "rope_tables",
     "shard_by_plan",
     "snapshot",
     "step_context",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel_fn.ops._choice import is_exporting, is_plain, is_watched
 from automodel_fn.ops._rope_demands import demand_fitting
-from automodel_fn.ops._rope_eager import rotated
+from automodel_fn.ops._rope_eager import rope_kernel, rotated_by_triton
 from automodel_fn.ops._rope_operator import rope_operator
-from automodel_fn.ops._rope_rotation import Layout, Rotation
+from automodel_fn.ops._rope_rotation import Layout, Rotation, rotated_by_torch
 
 
 def apply_rope(
@@ -82,15 +83,13 @@ def apply_rope(
     demand_fitting(q, k, cos, sin, ids, rotation)
     if isinstance(q, DTensor):
         return _rotated_dtensors(q, k, cos, sin, ids, rotation)
-    if torch.compiler.is_compiling() and not _is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         return rope_operator(q, k, cos, sin, ids, *rotation)
-    return rotated(q, k, cos, sin, ids, rotation)
-
-
-def _is_exporting() -> bool:
-    # An exported program must not depend on an operator that this package registers. The flag, not
-    # torch.compiler.is_exporting: traced by torch 2.11, that is True in every compilation.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+    if is_exporting() or rope_kernel(q, k).name == "torch":
+        return rotated_by_torch(q, k, cos, sin, ids, rotation)
+    if is_watched() or not is_plain(q) or not is_plain(k):
+        return rope_operator(q, k, cos, sin, ids, *rotation)
+    return rotated_by_triton(q, k, cos, sin, ids, rotation)
 
 
 def _rotated_dtensors(

@@ -1,4 +1,6 @@
-"""The Triton kernel of rotary embeddings: both halves of every pair, queries and keys at once."""
+"""The kernel of `apply_rope`. Imports Triton: to be imported where a CUDA tensor comes in."""
+# Triton is in no build of torch for the CPU, and what its language returns is not typed.
+# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
@@ -114,7 +116,7 @@ class _Unfused:
 _launch = Launcher(_Unfused(_rope))
 
 
-def rotated_by_triton(
+def launch_rotation(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
     """As `rotated_by_torch`, of tensors on one GPU; in the memory order of `q` and of `k`."""

@@ -2,7 +2,7 @@
 
 Triton binds, specializes and looks up anew in every call, which costs the host more than many
 kernels run. A `Launcher` remembers what was compiled for arguments alike, and hands the compiled
-kernel its pointers itself. To be imported where a kernel is wanted only: it imports Triton.
+kernel its pointers itself. Triton is imported where it is first needed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Any, Literal
 
 import attrs
 import torch
-import triton
 from torch import Tensor
-from triton import knobs
 
 _TRIED = ("3.6.0",)
 # What Triton specializes integers on: 1, multiples of 16, and what needs 64 bits.
@@ -40,7 +38,10 @@ class KernelLaunch:
 
 @cache
 def kernel_launch() -> KernelLaunch:
-    """How kernels are launched in this process."""
+    """How kernels are launched in this process. Imports Triton."""
+    import triton
+    from triton import knobs
+
     if knobs.runtime.interpret:
         return KernelLaunch("triton", reason="TRITON_INTERPRET is set")
     if torch.version.cuda is None:
@@ -61,6 +62,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._knobs = _runtime_knobs()
 
     def __call__(
         self,
@@ -109,8 +111,7 @@ class Launcher:
                 key.append(type(value))
             passed.append(value)
         found = self._compiled.get(tuple(key))
-        runtime = knobs.runtime
-        is_watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+        is_watched = self._knobs.launch_enter_hook.calls or self._knobs.launch_exit_hook.calls
         if found is None or is_watched:
             options = {"num_warps": num_warps, "num_stages": num_stages}
             compiled = self._kernel[grid](*arguments, *constants, **options)
@@ -123,6 +124,12 @@ class Launcher:
         # No scratch memory, no metadata, no hooks: see _direct, and above.
         nothing = (None, None, packed, None, None, None)
         launch(*grid, stream, function, is_cooperative, is_dependent, *nothing, *passed, *constants)
+
+
+def _runtime_knobs() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
 
 
 def _direct(compiled: Any) -> tuple[Any, ...] | None:
