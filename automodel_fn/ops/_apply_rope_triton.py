@@ -80,6 +80,8 @@ def _rope(
     # A position that the tables do not have gives NaN; nothing is read there.
     is_known = is_token & (positions >= 0) & (positions < num_positions)
     columns = tl.arange(0, BLOCK_HALF)[None, None, :]
+    # Every thread reads the rows that it needs: fewer reads would have to be shared out, and wait.
+    columns = tl.broadcast_to(columns, [BLOCK_T, BLOCK_N, BLOCK_HALF])
     places = batch * table_batch + positions * table_row + columns * TABLE_COLUMN
     mask = is_known & (columns < HALF)
     c = tl.load(cos + places, mask=mask, other=float("nan")).to(tl.float32)
