@@ -81,7 +81,7 @@ def rope_tables(
                 [0.8415, 0.0100]])
     """
     length = num_positions if seq_len is None else seq_len
-    _demand_sizes(head_dim, num_positions, length)
+    _demand_values(config, head_dim, num_positions, length)
     frequencies, attention_factor = _frequencies(config, head_dim, length, max_position_embeddings)
     device = torch.get_default_device() if device is None else torch.device(device)
     positions = torch.arange(num_positions, device=device, dtype=torch.int64).float()
@@ -89,13 +89,16 @@ def rope_tables(
     return RopeTables(angles.cos() * attention_factor, sin=angles.sin() * attention_factor)
 
 
-def _demand_sizes(head_dim: Any, num_positions: Any, seq_len: Any) -> None:
+def _demand_values(config: Any, head_dim: Any, num_positions: Any, seq_len: Any) -> None:
     sizes = {"head_dim": head_dim, "num_positions": num_positions, "seq_len": seq_len}
     lines = [
         f"{name}={value!r} must be an int of at least 0"
         for name, value in sizes.items()
         if isinstance(value, bool) or not isinstance(value, int) or value < 0
     ]
+    if not isinstance(config, RopeConfig):
+        found = f"config is a {type(config).__name__}"
+        lines.append(f"{found}; it must be a RopeConfig: rope_config(...), or that of a layer type")
     if lines:
         raise ConfigError(itemized("rope_tables cannot be made:", lines))
 

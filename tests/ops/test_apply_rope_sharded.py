@@ -40,7 +40,8 @@ for layout, shape in dict(bshd=(B, S, N, D), bhsd=(B, N, S, D), thd=(S, N, D)).i
             leaves = [distribute_tensor(x, mesh, [place]).requires_grad_() for x in (q, k)]
             found = used(*leaves, c, s, layout=layout, **options)
             assert all(x.placements == (place,) for x in found), (layout, place, options)
-            torch.autograd.backward(found, [distribute_tensor(x, mesh, [place]) for x in (of_q, of_k)])
+            upstream = [distribute_tensor(x, mesh, [place]) for x in (of_q, of_k)]
+            torch.autograd.backward(found, upstream)
             for x, y in zip(found, expected):
                 assert torch.equal(x.full_tensor(), y), (layout, place, options)
             for x, y in zip(leaves, plain):
