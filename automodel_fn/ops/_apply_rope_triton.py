@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -122,47 +122,57 @@ def launch_rotation(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
     """As `rotated_by_torch`, of tensors on one GPU; in the memory order of `q` and of `k`."""
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    if sin.stride() != cos.stride():
+    if q.stride(-1) != 1 or k.stride(-1) != 1:
+        q, k = q.contiguous(), k.contiguous()
+    table = cos.stride()
+    if sin.stride() != table:
         cos, sin = cos.contiguous(), sin.contiguous()
+        table = cos.stride()
     outputs = torch.empty_like(q), torch.empty_like(k)
-    b, t, n = rotation.dimensions
-    batch, length = (1 if b is None else q.shape[b]), q.shape[t]
-    heads = q.shape[n], k.shape[n]
-    num_tokens = batch * length
-    half, head_dim = rotation.rotary_dim // 2, q.shape[-1]
-    if not num_tokens or not any(heads) or not head_dim:
-        return outputs
-    strides: list[int] = []
-    for x in (q, k, *outputs):
-        of = x.stride()
-        strides += (0 if b is None else of[b], of[t], of[n])
-    block_t, block_n, block_half = _blocks(max(heads), half)
-    rest = head_dim - 2 * half
-    grid = (-(-num_tokens // block_t), sum(-(-n // block_n) for n in heads), 1)
-    _launch(
-        grid,
-        (
-            *(q, k, *outputs, cos, sin, ids, rotation.offset),
-            *(num_tokens, length, cos.shape[-2], *strides),
-            *(_batch_stride(cos, 3, batch), cos.stride(-2)),
-            *((0, 0) if ids is None else (_batch_stride(ids, 2, batch), ids.stride(-1))),
-        ),
-        (
-            *(*heads, half, rest, cos.stride(-1), rotation.interleaved, rotation.inverse),
-            *(block_t, block_n, block_half, triton.next_power_of_2(rest)),
-        ),
-        num_warps=_WARPS,
-    )
+    strides = (q.stride(), k.stride(), outputs[0].stride(), outputs[1].stride(), table)
+    of_ids = None if ids is None else (ids.shape, ids.stride())
+    found = _numbers(q.shape, k.shape, cos.shape, strides, of_ids, rotation)
+    if found is not None:
+        grid, numbers, constants = found
+        _launch(grid, (q, k, *outputs, cos, sin, ids, *numbers), constants, num_warps=_WARPS)
     return outputs
+
+
+@lru_cache(maxsize=1024)
+def _numbers(
+    of_q: torch.Size,
+    of_k: torch.Size,
+    of_table: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    of_ids: tuple[torch.Size, tuple[int, ...]] | None,
+    rotation: Rotation,
+) -> tuple[tuple[int, int, int], tuple[int, ...], tuple[Any, ...]] | None:
+    """Grid, arguments and constants of a launch; None where there is nothing to turn."""
+    b, t, n = rotation.dimensions
+    batch, length, heads = (1 if b is None else of_q[b]), of_q[t], (of_q[n], of_k[n])
+    half = rotation.rotary_dim // 2
+    rest = of_q[-1] - 2 * half
+    if not batch * length * sum(heads):
+        return None
+    *of_heads, table = strides
+    numbers = [rotation.offset, batch * length, length, of_table[-2]]
+    for stride in of_heads:
+        numbers += (0 if b is None else stride[b], stride[t], stride[n])
+    # One row of tables or of positions holds for every example.
+    numbers += (table[0] if len(of_table) == 3 and of_table[0] == batch else 0, table[-2])
+    if of_ids is not None:
+        shape, stride = of_ids
+        numbers += (stride[0] if len(shape) == 2 and shape[0] == batch else 0, stride[-1])
+    else:
+        numbers += (0, 0)
+    block_t, block_n, block_half = _blocks(max(heads), half)
+    grid = (-(-batch * length // block_t), sum(-(-num // block_n) for num in heads), 1)
+    constants = (*heads, half, rest, table[-1], rotation.interleaved, rotation.inverse)
+    blocks = (block_t, block_n, block_half, triton.next_power_of_2(rest))
+    return grid, tuple(numbers), (*constants, *blocks)
 
 
 def _blocks(heads: int, half: int) -> tuple[int, int, int]:
     block_n = min(_HEADS, triton.next_power_of_2(heads))
     block_half = triton.next_power_of_2(half)
     return max(1, _PAIRS // (block_n * block_half)), block_n, block_half
-
-
-def _batch_stride(x: Tensor, dimensions: int, batch: int) -> int:
-    # One row of tables or of positions holds for every example.
-    return x.stride(0) if x.dim() == dimensions and x.shape[0] == batch else 0
