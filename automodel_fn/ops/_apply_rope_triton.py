@@ -68,8 +68,11 @@ def _rope(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
-    block = tl.program_id(1)
+    Q_BLOCKS: tl.constexpr = (Q_HEADS + BLOCK_N - 1) // BLOCK_N
+    BLOCKS: tl.constexpr = Q_BLOCKS + (K_HEADS + BLOCK_N - 1) // BLOCK_N
+    # Heads first: while they are turned, the rows of their tokens stay in the cache.
+    block = tl.program_id(0) % BLOCKS
+    tokens = tl.program_id(0) // BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
     is_token = tokens < num_tokens
     batch, token = (tokens // length).to(tl.int64), (tokens % length).to(tl.int64)
     if position_ids is None:
@@ -88,7 +91,6 @@ def _rope(
     s = tl.load(sin + places, mask=mask, other=float("nan")).to(tl.float32)
     if INVERSE:
         s = -s
-    Q_BLOCKS: tl.constexpr = (Q_HEADS + BLOCK_N - 1) // BLOCK_N
     if block < Q_BLOCKS:
         x, out = q + batch * q_batch + token * q_token, q_out + batch * q_out_batch
         out += token * q_out_token
@@ -166,10 +168,10 @@ def _numbers(
     else:
         numbers += (0, 0)
     block_t, block_n, block_half = _blocks(max(heads), half)
-    grid = (-(-batch * length // block_t), sum(-(-num // block_n) for num in heads), 1)
+    programs = -(-batch * length // block_t) * sum(-(-num // block_n) for num in heads)
     constants = (*heads, half, rest, table[-1], rotation.interleaved, rotation.inverse)
     blocks = (block_t, block_n, block_half, triton.next_power_of_2(rest))
-    return grid, tuple(numbers), (*constants, *blocks)
+    return (programs, 1, 1), tuple(numbers), (*constants, *blocks)
 
 
 def _blocks(heads: int, half: int) -> tuple[int, int, int]:
