@@ -170,11 +170,14 @@ def _numbers(
     block_t, block_n, block_half = _blocks(max(heads), half)
     programs = -(-batch * length // block_t) * sum(-(-num // block_n) for num in heads)
     constants = (*heads, half, rest, table[-1], rotation.interleaved, rotation.inverse)
-    blocks = (block_t, block_n, block_half, triton.next_power_of_2(rest))
+    blocks = (block_t, block_n, block_half, _power_of_two(rest))
     return (programs, 1, 1), tuple(numbers), (*constants, *blocks)
 
 
 def _blocks(heads: int, half: int) -> tuple[int, int, int]:
-    block_n = min(_HEADS, triton.next_power_of_2(heads))
-    block_half = triton.next_power_of_2(half)
+    block_n, block_half = min(_HEADS, _power_of_two(heads)), _power_of_two(half)
     return max(1, _PAIRS // (block_n * block_half)), block_n, block_half
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()

@@ -83,7 +83,8 @@ def _complaints_about_positions(
     q: Tensor, cos: Tensor, ids: Tensor | None, rotation: Rotation
 ) -> list[str]:
     batch, token, _ = rotation.dimensions
-    length, offset = q.shape[token], rotation.offset
+    length = q.shape[token]
+    offset: Any = rotation.offset
     if ids is None:
         if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt):
             return [f"position_ids={offset!r} must be a tensor of integers, or an int"]

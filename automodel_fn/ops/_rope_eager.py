@@ -74,5 +74,6 @@ class _Rotated(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Itself differentiable: the gradient is a rotation too.
-        of_q, of_k = rotated_by_triton(*grads, *ctx.saved_tensors, ctx.rotation.inverted())
+        (of_q, of_k), (cos, sin, ids) = grads, ctx.saved_tensors
+        of_q, of_k = rotated_by_triton(of_q, of_k, cos, sin, ids, ctx.rotation.inverted())
         return of_q, of_k, None, None, None, None

@@ -51,11 +51,11 @@ def check_rope(
     """
     given = (q, k, cos, sin)
     before = [fact_of(x) for x in given]
-    options: Any = {"interleaved": interleaved}
-    found = apply_rope(*given, position_ids=position_ids, layout=layout, **options)
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
-    again = apply_rope(*leaves, cos, sin, position_ids=position_ids, layout=layout, **options)
-    gradients = torch.autograd.grad(again, leaves, [q, k])
+    options: Any = {"position_ids": position_ids, "layout": layout, "interleaved": interleaved}
+    found = apply_rope(q, k, cos, sin, **options)
+    leaf_q, leaf_k = (x.detach().clone().requires_grad_() for x in (q, k))
+    again = apply_rope(leaf_q, leaf_k, cos, sin, **options)
+    gradients = torch.autograd.grad(again, (leaf_q, leaf_k), (q, k))
     rows = _rows_by_token(q.shape[_TOKEN[layout]], cos, sin, position_ids)
     for x, turned, other, back in zip((q, k), found, again, gradients, strict=True):
         _demand_same("with gradients apply_rope", other.detach(), turned)
@@ -63,9 +63,10 @@ def check_rope(
         conjugate = rows[0], -rows[1]
         # What is added up, a gradient among it, has no -0.0.
         _demand_turned("a gradient", x + 0.0, back + 0.0, conjugate, layout, interleaved)
-    packed = [_tokens_first(x, layout).flatten(0, 1) for x in (q, k)]
-    of_all = [row.expand(*_tokens_first(q, layout).shape[:2], -1).flatten(0, 1) for row in rows]
-    once = apply_rope(*packed, *of_all, layout="thd", **options)
+    packed_q, packed_k = (_tokens_first(x, layout).flatten(0, 1) for x in (q, k))
+    tokens = _tokens_first(q, layout).shape[:2]
+    of_cos, of_sin = (row.expand(*tokens, -1).flatten(0, 1) for row in rows)
+    once = apply_rope(packed_q, packed_k, of_cos, of_sin, interleaved=interleaved)
     for one, turned in zip(once, found, strict=True):
         expected = _tokens_first(turned, layout).flatten(0, 1)
         _demand_same("apply_rope of tokens that are packed", one, expected)
