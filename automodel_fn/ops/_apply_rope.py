@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from automodel_fn.ops._choice import is_exporting, is_plain, is_watched
 from automodel_fn.ops._rope_demands import demand_fitting
-from automodel_fn.ops._rope_eager import rope_kernel, rotated_by_triton
+from automodel_fn.ops._rope_eager import rotated
 from automodel_fn.ops._rope_operator import rope_operator
 from automodel_fn.ops._rope_rotation import Layout, Rotation, rotated_by_torch
 
@@ -85,11 +85,11 @@ def apply_rope(
         return _rotated_dtensors(q, k, cos, sin, ids, rotation)
     if torch.compiler.is_compiling() and not is_exporting():
         return rope_operator(q, k, cos, sin, ids, *rotation)
-    if is_exporting() or rope_kernel(q, k).name == "torch":
+    if is_exporting() or torch._C._are_functorch_transforms_active():
         return rotated_by_torch(q, k, cos, sin, ids, rotation)
     if is_watched() or not is_plain(q) or not is_plain(k):
         return rope_operator(q, k, cos, sin, ids, *rotation)
-    return rotated_by_triton(q, k, cos, sin, ids, rotation)
+    return rotated(q, k, cos, sin, ids, rotation)
 
 
 def _rotated_dtensors(

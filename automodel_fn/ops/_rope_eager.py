@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from automodel_fn.ops._choice import KernelChoice, kernel_choice
-from automodel_fn.ops._rope_rotation import Rotation, rotated_by_torch
+from automodel_fn.ops._rope_rotation import Rotation, rotated_below_autograd
 
 
 def rope_kernel(q: Tensor, k: Tensor) -> KernelChoice:
@@ -28,28 +28,21 @@ def rope_kernel(q: Tensor, k: Tensor) -> KernelChoice:
     return choice
 
 
-def rotated_below_autograd(
+def rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
-    """What `apply_rope` returns, without gradients, laid out as `torch.empty_like` lays out."""
-    if rope_kernel(q, k).name == "triton":
-        return _by_triton(q, k, cos, sin, ids, rotation)
-    found = rotated_by_torch(q, k, cos, sin, ids, rotation)
-    return torch.empty_like(q).copy_(found[0]), torch.empty_like(k).copy_(found[1])
-
-
-def rotated_by_triton(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
-) -> tuple[Tensor, Tensor]:
-    """The rotation of plain tensors by the kernel, with gradients where they are wanted."""
+    """What `apply_rope` returns of plain tensors, with gradients where they are wanted."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rotated.apply(q, k, cos, sin, ids, rotation)
-    return _by_triton(q, k, cos, sin, ids, rotation)
+    return rotated_by_kernel(q, k, cos, sin, ids, rotation)
 
 
-def _by_triton(
+def rotated_by_kernel(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
+    """The same without gradients, by the kernel of `rope_kernel`."""
+    if rope_kernel(q, k).name == "torch":
+        return rotated_below_autograd(q, k, cos, sin, ids, rotation)
     # Triton is not everywhere, and takes long to import.
     from automodel_fn.ops._apply_rope_triton import launch_rotation
 
@@ -69,11 +62,11 @@ class _Rotated(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin, ids)
         ctx.rotation = rotation
-        return _by_triton(q, k, cos, sin, ids, rotation)
+        return rotated_by_kernel(q, k, cos, sin, ids, rotation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Itself differentiable: the gradient is a rotation too.
         (of_q, of_k), (cos, sin, ids) = grads, ctx.saved_tensors
-        of_q, of_k = rotated_by_triton(of_q, of_k, cos, sin, ids, ctx.rotation.inverted())
+        of_q, of_k = rotated(of_q, of_k, cos, sin, ids, ctx.rotation.inverted())
         return of_q, of_k, None, None, None, None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from automodel_fn.ops._rope_eager import rotated_below_autograd
+from automodel_fn.ops._rope_eager import rotated_by_kernel
 from automodel_fn.ops._rope_rotation import DIMENSIONS, Rotation
 
 
@@ -29,7 +29,7 @@ def rope_operator(
 ) -> tuple[Tensor, Tensor]:
     """`apply_rope` of what fits; the last five are those of a `Rotation`."""
     rotation = Rotation(rotary_dim, layout, offset, interleaved, inverse)
-    return rotated_below_autograd(q, k, cos, sin, position_ids, rotation)
+    return rotated_by_kernel(q, k, cos, sin, position_ids, rotation)
 
 
 @rope_operator.register_fake

@@ -59,11 +59,39 @@ def rotated_by_torch(
         >>> rotated_by_torch(x, x, cos, sin, None, Rotation(2, "thd"))[0]
         tensor([[[-2.,  1.]]])
     """
+    cos, sin = _factors(q, cos, sin, ids, rotation)
+    return _turned(q, cos, sin, rotation), _turned(k, cos, sin, rotation)
+
+
+def rotated_below_autograd(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
+) -> tuple[Tensor, Tensor]:
+    """The same bits with fewer copies, laid out as `torch.empty_like` lays out; no gradients.
+
+    Example:
+        >>> x, cos, sin = torch.tensor([[[1.0, 2.0]]]), torch.zeros(1, 1), torch.ones(1, 1)
+        >>> rotated_below_autograd(x, x, cos, sin, None, Rotation(2, "thd"))[0]
+        tensor([[[-2.,  1.]]])
+    """
+    cos, sin = _factors(q, cos, sin, ids, rotation)
+    outputs = torch.empty_like(q), torch.empty_like(k)
+    for x, out in zip((q, k), outputs, strict=True):
+        first, second = _pairs(x[..., : rotation.rotary_dim].to(cos.dtype), rotation)
+        of_first, of_second = _pairs(out[..., : rotation.rotary_dim], rotation)
+        of_first.copy_((first * cos).sub_(second * sin))
+        of_second.copy_((second * cos).add_(first * sin))
+        out[..., rotation.rotary_dim :] = x[..., rotation.rotary_dim :]
+    return outputs
+
+
+def _factors(
+    q: Tensor, cos: Tensor, sin: Tensor, ids: Tensor | None, rotation: Rotation
+) -> tuple[Tensor, Tensor]:
+    """The cosine and sine of every token, to be multiplied with halves of heads."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     length = q.shape[rotation.dimensions[1]]
     cos, sin = (_rows(table, ids, length, rotation).to(dtype) for table in (cos, sin))
-    sin = -sin if rotation.inverse else sin
-    return _turned(q, cos, sin, rotation), _turned(k, cos, sin, rotation)
+    return cos, -sin if rotation.inverse else sin
 
 
 def _rows(table: Tensor, ids: Tensor | None, length: int, rotation: Rotation) -> Tensor:
@@ -80,13 +108,16 @@ def _rows(table: Tensor, ids: Tensor | None, length: int, rotation: Rotation) ->
     return table.unsqueeze(heads)
 
 
+def _pairs(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    if rotation.interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = rotation.rotary_dim // 2
+    return x[..., :half], x[..., half:]
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     size = rotation.rotary_dim
-    wide = x[..., :size].to(cos.dtype)
-    if rotation.interleaved:
-        first, second = wide[..., 0::2], wide[..., 1::2]
-    else:
-        first, second = wide[..., : size // 2], wide[..., size // 2 :]
+    first, second = _pairs(x[..., :size].to(cos.dtype), rotation)
     pair = first * cos - second * sin, second * cos + first * sin
     turned = torch.stack(pair, -1).flatten(-2) if rotation.interleaved else torch.cat(pair, -1)
     turned = turned.to(x.dtype)
