@@ -52,6 +52,7 @@ from automodel_fn.ops import (
     lm_head_logits,
     rms_norm_fp32,
     rope_config,
+    rope_kernel,
     rope_tables,
 )
 from automodel_fn.plans import Plan, Row, apply
@@ -139,6 +140,7 @@ __all__ = [
     "restore",
     "rms_norm_fp32",
     "rope_config",
+    "rope_kernel",
     "rope_tables",
     "shard_by_plan",
     "snapshot",
