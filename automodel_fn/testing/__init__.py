@@ -29,6 +29,7 @@ from automodel_fn.testing._laws_optimizers import check_training_goes_on
 from automodel_fn.testing._laws_patch import check_patch_passes_step, check_patch_reversible
 from automodel_fn.testing._laws_plan import check_plan_is_pure
 from automodel_fn.testing._laws_resolve import check_resolve
+from automodel_fn.testing._laws_rope import check_relative_positions, check_rope
 from automodel_fn.testing._laws_step import StepScopeMachine
 from automodel_fn.testing._laws_temporary import check_temporary_cast
 from automodel_fn.testing._stand_ins import te_stand_ins
@@ -42,6 +43,7 @@ from automodel_fn.testing._strategies_ops import (
     rope_parameters,
     swiglu_arguments,
 )
+from automodel_fn.testing._strategies_rope import rope_arguments
 from automodel_fn.testing._strategies_tensors import dtypes, tensors
 
 __all__ = [
@@ -60,10 +62,12 @@ __all__ = [
     "check_patch_passes_step",
     "check_patch_reversible",
     "check_plan_is_pure",
+    "check_relative_positions",
     "check_resolve",
     "check_rms_norm",
     "check_rms_norm_residual",
     "check_rms_norm_scale",
+    "check_rope",
     "check_rope_config",
     "check_swiglu",
     "check_temporary_cast",
@@ -75,6 +79,7 @@ __all__ = [
     "norm_arguments",
     "pin_patterns",
     "residual_arguments",
+    "rope_arguments",
     "rope_parameters",
     "step_contexts",
     "swiglu_arguments",
