@@ -126,8 +126,8 @@ logits_operator.register_autograd(_backward, setup_context=_save)
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise ConfigError(
-        "logits of precision='bf16x3' or 'bf16', and those of an LMHead, have no second derivative; "
-        "use precision='fp32' of a plain head for one."
+        "logits of precision='bf16x3' or 'bf16', or of an LMHead, have no second derivative; for "
+        "one use precision='fp32' with a plain head."
     )
 
 

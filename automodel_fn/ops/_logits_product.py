@@ -6,7 +6,7 @@ Shapes: T is tokens, H the hidden dimension, V the vocabulary.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import torch

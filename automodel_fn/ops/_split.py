@@ -39,8 +39,7 @@ def split_kernel(x: Tensor) -> KernelChoice:
 def split_(x: Tensor, parts: Tensor) -> Tensor:
     """Write the parts of a matrix, and say whether their sum is the matrix, without waiting for it.
 
-    Of an infinity, and of what bfloat16 rounds to one, the first part is infinite and the others
-    are 0; with NaN alike.
+    Of what is not finite, or becomes infinite in bfloat16, some parts are not finite.
 
     Args:
         x: `[R, C]`, of any strides.
@@ -62,6 +61,5 @@ def _split_by_torch(x: Tensor, parts: Tensor) -> Tensor:
     for part in reversed(parts.unbind()):
         part.copy_(rest)
         rest = rest - part.float()
-        # What an infinity leaves is NaN, which would spread to sums that are infinite only.
-        rest = torch.where(rest.isfinite(), rest, 0.0)
-    return (rest == 0).all() & parts[-1].isfinite().all()
+    # NaN, where something was not finite, is not 0 either.
+    return (rest == 0).all()
