@@ -31,31 +31,36 @@ def logits_operator(
     mode: str,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[T, V]`, and on the CPU whether they are products of bfloat16.
+    """Logits `[..., V]` of `[..., H]`, and on the CPU whether they are products of bfloat16.
 
+    Its result is no view, whatever the shape, as that of torch's own linear is none: changed in
+    place it would lose the hook with which FSDP2 gathers the weight for the backward.
     `mode` is "fp32", "bf16" (`stacked`: the rounded weight, if there is one), "parts" (those in
     `stacked`) or "split" (parts made here, float32 where they turn out not to be exact).
     """
+    flat = hidden.flatten(0, -2)
     with without_autocast(hidden):
         logits = None
         if mode == "split":
             demand_no_capture(hidden)
-            logits, is_exact = logits_by_splitting(hidden, weight)
+            logits, is_exact = logits_by_splitting(flat, weight)
             logits = logits if bool(is_exact) else None
         elif mode != "fp32":
-            logits = logits_by_parts(hidden, _given_parts(hidden, weight, stacked))
-        is_bf16 = torch.tensor(logits is not None)
+            logits = logits_by_parts(flat, _given_parts(flat, weight, stacked))
+        is_bf16 = torch.tensor(logits is not None, device="cpu")
         if logits is None:
             wide_bias = None if bias is None else bias.float()
-            logits = functional.linear(hidden.float(), weight.float(), wide_bias)
+            logits = functional.linear(flat.float(), weight.float(), wide_bias)
         elif bias is not None:
             logits += bias
-        return logits.to(out_dtype), is_bf16
+        shape = (*hidden.shape[:-1], len(weight))
+        return torch.ops.aten._unsafe_view(logits.to(out_dtype), shape), is_bf16
 
 
 @logits_operator.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=rest[-1])
+    shape = (*hidden.shape[:-1], weight.shape[0])
+    logits = hidden.new_empty(shape, dtype=rest[-1])
     return logits, torch.empty((), dtype=torch.bool, device="cpu")
 
 
@@ -77,17 +82,18 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of the hidden states and of the weight; one that is not wanted is empty."""
     of_hidden, of_weight = hidden.new_empty(0), weight.new_empty(0)
+    shape, hidden, grad = hidden.shape, hidden.flatten(0, -2), grad.flatten(0, -2)
     with without_autocast(grad):
         if not bool(is_bf16):
             wide = grad.float()
             of_hidden = (wide @ weight.float()).to(hidden.dtype) if wanted[0] else of_hidden
             of_weight = (wide.t() @ hidden.float()).to(weight.dtype) if wanted[1] else of_weight
-            return of_hidden, of_weight
+            return of_hidden.view(shape if wanted[0] else 0), of_weight
         grad = grad.to(torch.bfloat16) if mode == "bf16" else grad
         if wanted[0]:
             is_split = mode == "split"
             factor = weight if is_split else _given_parts(hidden, weight, stacked)
-            of_hidden = hidden_gradient(grad, factor)
+            of_hidden = hidden_gradient(grad, factor).view(shape)
         if wanted[1]:
             of_weight = weight_gradient(grad, hidden, weight.dtype)
     return of_hidden, of_weight
@@ -117,7 +123,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     )
     of_bias = None
     if ctx.needs_input_grad[2]:
-        of_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return of_hidden, of_weight, of_bias, None, None, None
 
 

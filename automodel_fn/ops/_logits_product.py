@@ -105,9 +105,8 @@ def logits_product(
         stacked = parts.stacked if mode == "parts" else None
     elif precision == "bf16x3":
         mode = "split" if hidden.is_cuda else "fp32"
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits, _ = logits_operator(flat, weight, bias, stacked, mode, out_dtype)
-    return logits.unflatten(0, hidden.shape[:-1]) if hidden.dim() != 2 else logits
+    logits, _ = logits_operator(hidden, weight, bias, stacked, mode, out_dtype)
+    return logits
 
 
 def _demand_fitting(
