@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import attrs
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 
 @attrs.frozen
@@ -22,3 +28,80 @@ class KernelChoice:
 
     name: Literal["triton", "torch"]
     reason: str = attrs.field(kw_only=True)
+
+
+_TRITON = KernelChoice("triton", reason="all tensors are on CUDA, in bf16, fp16 or fp32")
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
+    """What computes an operation of these tensors, as far as their kinds say.
+
+    Kernels take plain tensors of one CUDA device, in bf16, fp16 or fp32; of a DTensor its shard.
+
+    Example:
+        >>> kernel_choice(x=torch.ones(2), weight=None)
+        KernelChoice(name='torch', reason='x is on cpu')
+    """
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_cuda:
+            return KernelChoice("torch", reason=f"{name} is on {tensor.device.type}")
+        if tensor.dtype not in _DTYPES:
+            return KernelChoice("torch", reason=f"{name} is {tensor.dtype}")
+        if not is_plain(tensor) and not isinstance(tensor, FakeTensor | DTensor):
+            return KernelChoice("torch", reason=f"{name} is {_kind(tensor)}")
+        if device is not None and tensor.device != device:
+            reason = f"{name} is on {tensor.device}, not on {device}"
+            return KernelChoice("torch", reason=reason)
+        device = tensor.device
+    if not _has_triton():
+        return KernelChoice("torch", reason="Triton is not installed")
+    return _TRITON
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is its memory: no subclass, and not within a transform of `torch.func`.
+
+    Example:
+        >>> is_plain(torch.ones(2)), is_plain(nn.Parameter(torch.ones(2)))
+        (True, True)
+    """
+    functorch: Any = torch._C._functorch
+    return type(tensor) in _PLAIN and not functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_watched() -> bool:
+    """Whether a `TorchDispatchMode` sees the operators that are called.
+
+    Then an operation has to be one of them: a kernel that is launched would not be seen.
+
+    Example:
+        >>> is_watched()
+        False
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces: a program must not depend on operators of this package.
+
+    Example:
+        >>> is_exporting()
+        False
+    """
+    # Not torch.compiler.is_exporting: traced by torch 2.11, that is True in every compilation.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def _kind(tensor: Tensor) -> str:
+    name = type(tensor).__name__
+    return "in a transform of torch.func" if type(tensor) in _PLAIN else f"of the type {name}"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -52,6 +52,12 @@ def kernel_launch() -> KernelLaunch:
     return KernelLaunch("direct", reason=f"Triton {triton.__version__}, CUDA")
 
 
+@cache
+def num_processors(index: int) -> int:
+    """The multiprocessors of a CUDA device; 2 for the CPU (-1), where Triton interprets."""
+    return 2 if index < 0 else torch.cuda.get_device_properties(index).multi_processor_count
+
+
 class Launcher:
     """Launches one kernel on the device and the current stream of its first argument.
 

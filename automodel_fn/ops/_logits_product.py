@@ -12,9 +12,11 @@ import attrs
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError, itemized
+from automodel_fn.ops._choice import is_exporting
 from automodel_fn.ops._heads import LogitsPrecision
 from automodel_fn.ops._logits_operator import logits_operator
 from automodel_fn.ops._logits_sharded import product_of_shards
@@ -97,6 +99,10 @@ def logits_product(
         options = {"precision": precision, "parts": parts, "out_dtype": out_dtype}
         return product_of_shards(hidden, weight, bias, partial(logits_product, **options))
     _demand_fitting(hidden, weight, precision, parts)
+    if is_exporting():
+        factor = weight.to(torch.bfloat16) if precision == "bf16" else weight
+        wide_bias = None if bias is None else bias.float()
+        return functional.linear(hidden.float(), factor.float(), wide_bias).to(out_dtype)
     mode, stacked = precision, None
     if precision == "bf16":
         stacked = None if parts is None else parts.high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch._prims_common import make_contiguous_strides_for
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -56,7 +57,7 @@ def product_of_shards(
         outputs.append(Shard(last) if ours.is_shard() else inputs[-1])
         of_hidden.append(Partial() if ours.is_shard() else inputs[-1])
         of_weight.append(Partial() if is_apart else ours)
-    whole = (*hidden.shape[:-1], weight.shape[0])
+    whole = torch.Size((*hidden.shape[:-1], weight.shape[0]))
     local = product(
         hidden.redistribute(mesh, inputs).to_local(grad_placements=of_hidden),
         weight.to_local(grad_placements=of_weight),

@@ -90,20 +90,19 @@ def hidden_gradient(grad: Tensor, weight: Tensor | WeightParts) -> Tensor:
     Returns:
         `[T, H]`, bfloat16.
     """
-    num_rows = grad.shape[1]
-    if isinstance(weight, WeightParts):
-        width = weight.stacked.shape[1] // weight.num_parts
-    else:
-        width = weight.shape[1]
-    total = grad.new_zeros(len(grad), width, dtype=torch.float32)
-    for rows in row_chunks(num_rows, max(width, len(grad))):
+    is_split = isinstance(weight, WeightParts)
+    num_parts = weight.num_parts if is_split else _num_parts(weight)
+    width = weight.stacked.shape[1] // num_parts if is_split else weight.shape[1]
+    num_seen = min(num_parts, _NUM_PARTS_OF_NARROW) * width
+    # Beside each other: what the parts of the weight give, the largest last.
+    total = grad.new_zeros(len(grad), num_seen, dtype=torch.float32)
+    for rows in row_chunks(grad.shape[1], max(width, len(grad))):
+        of_weight = weight.stacked[rows, -num_seen:] if is_split else _stacked(weight[rows])
         of_grad = _parts(grad[:, rows], _NUM_PARTS_OF_NARROW)
-        of_weight = _parts_of_rows(weight, rows)
-        pairs = [(i, j) for i in range(len(of_grad)) for j in range(len(of_weight))]
-        for i, j in sorted(pairs, key=sum, reverse=True):
-            if i + j < _NUM_PARTS_OF_NARROW:
-                multiply_(total, of_grad[-1 - i], of_weight[-1 - j], is_added=True)
-    return total.to(torch.bfloat16)
+        for smaller in of_grad[:-1]:
+            multiply_(total[:, -width:], smaller, of_weight[:, -width:], is_added=True)
+        multiply_(total, of_grad[-1], of_weight, is_added=True)
+    return total.unflatten(1, (-1, width)).sum(1).to(torch.bfloat16)
 
 
 def weight_gradient(grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +150,12 @@ def _parts(x: Tensor, most: int) -> Tensor:
     return parts
 
 
-def _parts_of_rows(weight: Tensor | WeightParts, rows: slice) -> Tensor:
-    if isinstance(weight, WeightParts):
-        return weight.stacked[rows].unflatten(1, (weight.num_parts, -1)).transpose(0, 1)
-    return _parts(weight[rows], _NUM_PARTS_OF_NARROW)
+def _stacked(weight: Tensor) -> Tensor:
+    """`[R, P * H]` of rows of a weight: its largest parts side by side, the largest last."""
+    num_parts = min(_num_parts(weight), _NUM_PARTS_OF_NARROW)
+    if num_parts == 1:
+        return weight
+    num_rows, width = weight.shape
+    stacked = weight.new_empty(num_rows, num_parts * width, dtype=torch.bfloat16)
+    split_stacked_(weight, stacked, num_parts)
+    return stacked

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from automodel_fn.ops._choice import KernelChoice
+from automodel_fn.ops._choice import KernelChoice, kernel_choice
 
 _NUM_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -31,9 +31,7 @@ def split_kernel(x: Tensor) -> KernelChoice:
         >>> split_kernel(torch.ones(1)).reason
         'x is on cpu'
     """
-    if x.is_cuda and torch.version.hip is None:
-        return KernelChoice("triton", reason="x is on cuda")
-    return KernelChoice("torch", reason=f"x is on {x.device.type}")
+    return kernel_choice(x=x)
 
 
 def split_(x: Tensor, parts: Tensor) -> Tensor:

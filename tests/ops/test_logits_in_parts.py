@@ -281,3 +281,21 @@ def test_many_lengths_need_two_graphs(graphs):
         compiled(hidden(2, length))
 
     assert len(graphs.graphs) <= 2
+
+
+@in_bf16
+def test_an_exported_program_depends_on_torch_only(precision):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = head(bias=True)
+
+        def forward(self, x):
+            return lm_head_logits(self.lm_head, x, precision=precision).logits
+
+    model = Model()
+    program = torch.export.export(model, (hidden(2, 5),))
+    targets = {str(node.target) for node in program.graph.nodes}
+
+    assert not any("automodel_fn" in target for target in targets)
+    assert torch.equal(program.module()(hidden(2, 5)), model(hidden(2, 5)))
