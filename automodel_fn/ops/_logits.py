@@ -84,9 +84,9 @@ def lm_head_logits(
     (`weight_parts`), so that products are exact and their float32 sums are all that rounds: close
     to "fp32", in a fraction of its time. It multiplies a bfloat16 weight as it is. A weight that
     has no exact parts, and every weight on the CPU, is multiplied in float32 (`logits_path` says
-    so, and why); so is what `torch.export` records. The gradient of a float32 weight is a sum of
-    three products, that of bfloat16 hidden states one of three that leaves out what is below 2**-16
-    of a term. What is not finite may be NaN here where float32 has an infinity.
+    so, and why); so do `torch.export` and the transforms of `torch.func`. The gradient of a float32
+    weight is a sum of three products, that of bfloat16 hidden states one of three that leaves out
+    what is below 2**-16 of a term. Where float32 has an infinity, there may be a NaN.
 
     Args:
         lm_head: The head; None on a pipeline stage that has none: the hidden states pass through as

@@ -6,7 +6,7 @@ Shapes: T is tokens, H the hidden dimension, V the vocabulary.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError, itemized
+from automodel_fn.ops._autocast import without_autocast
 from automodel_fn.ops._choice import is_exporting
 from automodel_fn.ops._heads import LogitsPrecision
 from automodel_fn.ops._logits_operator import logits_operator
@@ -99,10 +100,8 @@ def logits_product(
         options = {"precision": precision, "parts": parts, "out_dtype": out_dtype}
         return product_of_shards(hidden, weight, bias, partial(logits_product, **options))
     _demand_fitting(hidden, weight, precision, parts)
-    if is_exporting():
-        factor = weight.to(torch.bfloat16) if precision == "bf16" else weight
-        wide_bias = None if bias is None else bias.float()
-        return functional.linear(hidden.float(), factor.float(), wide_bias).to(out_dtype)
+    if is_exporting() or _is_transformed(hidden, weight):
+        return _product_by_torch(hidden, weight, bias, precision).to(out_dtype)
     mode, stacked = precision, None
     if precision == "bf16":
         stacked = None if parts is None else parts.high
@@ -113,6 +112,23 @@ def logits_product(
         mode = "split" if hidden.is_cuda else "fp32"
     logits, _ = logits_operator(hidden, weight, bias, stacked, mode, out_dtype)
     return logits
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # what asks cannot be traced
+    functorch: Any = torch._C._functorch
+    return any(functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+def _product_by_torch(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, precision: LogitsPrecision
+) -> Tensor:
+    """In float32, by operators that `torch.export` and the transforms of `torch.func` know."""
+    factor = weight.to(torch.bfloat16) if precision == "bf16" else weight
+    wide_bias = None if bias is None else bias.float()
+    with without_autocast(hidden):
+        return functional.linear(hidden.float(), factor.float(), wide_bias)
 
 
 def _demand_fitting(

@@ -278,6 +278,22 @@ def test_fsdp2_shards_it_as_a_linear(gloo, precision):
     assert torch.equal(head(hidden(2, 5)), again)
 
 
+@kept
+def test_in_the_group_of_its_model_it_multiplies_what_fsdp2_rounds(gloo, precision):
+    model = nn.Sequential(nn.Linear(H, H, bias=False), LMHead.from_linear(linear()))
+    body = model[0].weight.detach().clone()
+    model[1].precision = precision
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    found = model(hidden(2, 5))
+    inner = nn.functional.linear(hidden(2, 5), body.bfloat16())
+    rounded = linear().to(torch.bfloat16)
+
+    assert torch.equal(found, lm_head_logits(rounded, inner, precision="bf16x3").logits)
+    found.sum().backward()
+    assert model[1].weight.grad.dtype == torch.float32
+
+
 def test_an_input_that_fsdp2_casts_is_an_error_that_says_so(gloo):
     policy = MixedPrecisionPolicy(param_dtype=torch.float32)
     head = fully_shard(LMHead(H, V), mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from automodel_fn import ConfigError, LogitsPath, lm_head_logits, logits_path, weight_parts
+from automodel_fn import ConfigError, LMHead, LogitsPath, lm_head_logits, logits_path, weight_parts
 
 H, V = 16, 11
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -299,3 +299,29 @@ def test_an_exported_program_depends_on_torch_only(precision):
 
     assert not any("automodel_fn" in target for target in targets)
     assert torch.equal(program.module()(hidden(2, 5)), model(hidden(2, 5)))
+
+
+@in_bf16
+def test_transforms_of_torch_func_get_what_autograd_gives(precision):
+    lm_head, x = head(), hidden(2, 5)
+
+    def total(x, weight):
+        project = torch.func.functional_call
+        logits = project(LMHead.from_linear(lm_head, precision=precision), {"weight": weight}, (x,))
+        return logits.square().sum()
+
+    found = torch.func.grad(total, argnums=(0, 1))(x, lm_head.weight.detach())
+    leaves = x.clone().requires_grad_(), lm_head.weight.detach().clone().requires_grad_()
+    total(*leaves).backward()
+
+    loss = {"bf16x3": 2**-7, "bf16": 2**-6}[precision]
+    for left, leaf in zip(found, leaves, strict=True):
+        assert left.dtype == leaf.dtype
+        torch.testing.assert_close(left, leaf.grad, rtol=loss, atol=loss)
+
+
+def test_a_vmap_projects_each():
+    lm_head, x = head(), hidden(3, 2, 5)
+    found = torch.func.vmap(lambda x: lm_head_logits(lm_head, x, precision="bf16x3").logits)(x)
+
+    torch.testing.assert_close(found, lm_head(x.float()))
