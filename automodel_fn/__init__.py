@@ -43,14 +43,17 @@ from automodel_fn.errors import (
     StalePlanError,
     StaleWeightError,
 )
-from automodel_fn.nn import Float32RMSNorm
+from automodel_fn.nn import Float32RMSNorm, LMHead
 from automodel_fn.ops import (
     KernelChoice,
     LMHeadOutput,
+    LogitsPath,
     RopeConfig,
     RopeTables,
+    WeightParts,
     apply_rope,
     lm_head_logits,
+    logits_path,
     rms_norm_fp32,
     rms_norm_kernel,
     rope_config,
@@ -58,6 +61,7 @@ from automodel_fn.ops import (
     rope_tables,
     swiglu,
     swiglu_kernel,
+    weight_parts,
 )
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
@@ -99,7 +103,9 @@ __all__ = [
     "Finding",
     "Float32RMSNorm",
     "KernelChoice",
+    "LMHead",
     "LMHeadOutput",
+    "LogitsPath",
     "OtherRankError",
     "PartialCastError",
     "PatchError",
@@ -119,6 +125,7 @@ __all__ = [
     "StepContext",
     "TEFp8Config",
     "TensorCast",
+    "WeightParts",
     "accumulate",
     "apply",
     "apply_rope",
@@ -139,6 +146,7 @@ __all__ = [
     "invalidate",
     "is_tensor_unallocated",
     "lm_head_logits",
+    "logits_path",
     "patch_te",
     "probe",
     "resolve",
@@ -154,4 +162,5 @@ __all__ = [
     "swiglu",
     "swiglu_kernel",
     "temporary_cast",
+    "weight_parts",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from automodel_fn.ops._heads import LogitsPrecision
 from automodel_fn.ops._logits import lm_head_logits
 from automodel_fn.ops._rms_norm import WeightMultiply, rms_norm_fp32, rms_norm_reference
 from automodel_fn.ops._rope import RopeConfig, rope_config
@@ -97,7 +98,7 @@ def check_lm_head_logits(
     hidden_states: Tensor,
     logits_to_keep: int | Tensor = 0,
     *,
-    precision: Literal["fp32"] | None = None,
+    precision: LogitsPrecision | None = None,
 ) -> None:
     """Law: logits are those of the positions that were asked for, up to the order of the sum.
 
@@ -108,9 +109,9 @@ def check_lm_head_logits(
 
     Args:
         lm_head: A plain Linear without hooks.
-        hidden_states: `[B, S, H]` or `[T, H]`.
+        hidden_states: `[B, S, H]` or `[T, H]`; bfloat16 with "bf16x3" and "bf16".
         logits_to_keep: As for `lm_head_logits`.
-        precision: None or "fp32".
+        precision: As for `lm_head_logits`.
 
     Raises:
         AssertionError: It does not hold.
@@ -134,7 +135,9 @@ def check_lm_head_logits(
     rows = _rows(logits_to_keep, hidden_states.shape[-2])
     hidden = torch.stack([hidden_states[..., row, :] for row in rows], -2) if rows else None
     kept = hidden_states[..., :0, :] if hidden is None else hidden
-    kept, weight = kept.detach().to(dtype).double(), lm_head.weight.detach().double()
+    stored = lm_head.weight.detach()
+    weight = (stored.bfloat16() if precision == "bf16" else stored).double()
+    kept = kept.detach().to(dtype).double()
     bias = dict(lm_head.named_parameters()).get("bias", torch.zeros(())).detach().double()
     exact, size = kept @ weight.T + bias, kept.abs() @ weight.abs().T + bias.abs()
     demand(output.logits.shape == exact.shape, f"logits have the shape {output.logits.shape}")

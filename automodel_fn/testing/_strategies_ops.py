@@ -104,7 +104,10 @@ def lm_head_arguments(draw: st.DrawFn) -> dict[str, Any]:
         0
     """
     hidden, vocabulary = draw(st.integers(1, 9)), draw(st.integers(1, 5))
-    stored, dtype = draw(st.sampled_from(CASTABLE)), draw(st.sampled_from(CASTABLE))
+    precision = draw(st.sampled_from((None, "fp32", "bf16x3", "bf16")))
+    takes_any = precision in (None, "fp32")
+    stored = draw(st.sampled_from(CASTABLE))
+    dtype = draw(st.sampled_from(CASTABLE)) if takes_any else torch.bfloat16
     lm_head = nn.Linear(hidden, vocabulary, bias=draw(st.booleans()), dtype=stored)
     with torch.no_grad():
         for weight in lm_head.parameters():
@@ -116,7 +119,7 @@ def lm_head_arguments(draw: st.DrawFn) -> dict[str, Any]:
         "lm_head": lm_head,
         "hidden_states": draw(_tensors(dtype, (*leading, length, hidden), 16.0)),
         "logits_to_keep": draw(st.integers(0, length) | indices),
-        "precision": draw(st.sampled_from((None, "fp32"))),
+        "precision": precision,
     }
 
 

@@ -93,6 +93,41 @@ def test_a_head_in_the_group_of_its_model_computes_in_fp32_too(gloo):
     assert model.lm_head.weight.grad is not None
 
 
+@pytest.mark.parametrize("precision", ["bf16x3", "bf16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_parts_are_made_of_the_weight_that_fsdp2_gathers(gloo, stored, precision):
+    lm_head, weight = head(stored)
+    plain = nn.Linear(H, V, bias=False, dtype=stored)
+    plain.weight = nn.Parameter(weight)
+    x = hidden(torch.bfloat16)
+    for wanted in (lm_head, nn.Sequential(lm_head)):
+        found = lm_head_logits(wanted, x, precision=precision).logits
+        assert torch.equal(found, lm_head_logits(plain, x, precision=precision).logits)
+    found.sum().backward()
+    assert lm_head.weight.grad.dtype == stored
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"param_dtype": torch.float32},
+        {"param_dtype": torch.bfloat16},
+        {"output_dtype": torch.bfloat16},
+    ],
+)
+def test_parts_of_a_head_that_fsdp2_casts_for_are_an_error(gloo, policy):
+    lm_head, _ = head(**policy)
+    with pytest.raises(ConfigError, match=r"precision='bf16x3' needs .* fully_shard\(lm_head, mp"):
+        lm_head_logits(lm_head, hidden(torch.bfloat16), precision="bf16x3")
+
+
+def test_bf16_runs_on_a_head_that_fsdp2_rounds(gloo):
+    lm_head, weight = head(param_dtype=torch.bfloat16)
+    x = hidden(torch.bfloat16)
+    found = lm_head_logits(lm_head, x, precision="bf16").logits
+    assert torch.equal(found, nn.functional.linear(x.float(), weight.bfloat16().float()))
+
+
 SOURCE = """
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch import nn
@@ -122,8 +157,75 @@ for stored in (torch.float32, torch.bfloat16):
         found.sum().backward()
         assert sharded.weight.grad.dtype == stored
 """
+IN_PARTS = """
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from automodel_fn import ConfigError, LMHead, lm_head_logits, weight_parts
+
+def whole(shape, dtype=torch.float32):
+    made = torch.randn(shape).to(dtype)
+    dist.broadcast(made, 0)
+    return made
+
+weight, bias, x = whole((13, 16)), whole(13), whole((2, 6, 16), torch.bfloat16)
+grad = whole((2, 6, 13))
+for precision in ("bf16x3", "bf16"):
+    plain = nn.Linear(16, 13)
+    plain.weight, plain.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+    leaf = x.clone().requires_grad_()
+    expected = lm_head_logits(plain, leaf, precision=precision).logits
+    expected.backward(grad)
+    for of_weight in (Shard(0), Replicate()):
+        for of_hidden in (Replicate(), Shard(0), Shard(1), Shard(2)):
+            for kind in ("plain", "called", "LMHead"):
+                sharded = nn.Linear(16, 13)
+                sharded.weight = nn.Parameter(distribute_tensor(weight, mesh, [of_weight]))
+                sharded.bias = nn.Parameter(distribute_tensor(bias, mesh, [of_weight]))
+                if kind == "LMHead":
+                    sharded = LMHead.from_linear(sharded, precision=precision)
+                called = nn.Sequential(sharded) if kind == "called" else sharded
+                spread = distribute_tensor(x, mesh, [of_hidden]).requires_grad_()
+                options = {} if kind == "LMHead" else {"precision": precision}
+                if kind == "plain":
+                    options["weight_parts"] = weight_parts(sharded.weight)
+                found = lm_head_logits(called, spread, **options).logits
+                assert found.shape == expected.shape and found.dtype == torch.float32
+                found.backward(distribute_tensor(grad, mesh, found.placements))
+                for left, right, tolerance in (
+                    (found, expected.detach(), 1e-5),
+                    (sharded.weight.grad, plain.weight.grad, 1e-5),
+                    (sharded.bias.grad, plain.bias.grad, 1e-5),
+                    (spread.grad, leaf.grad, 2**-6),
+                ):
+                    left = left.full_tensor()
+                    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+    parallel = LMHead(16, 13, precision=precision)
+    parallel.weight = nn.Parameter(weight.clone())
+    plan = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    parallel = parallelize_module(parallel, mesh, plan)
+    leaf = distribute_tensor(x, mesh, [Shard(1)]).to_local()
+    found = lm_head_logits(parallel, leaf).logits
+    torch.testing.assert_close(found, expected.detach() - bias, rtol=1e-5, atol=1e-5)
+
+sharded = nn.Linear(16, 13, bias=False)
+sharded.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(1)]))
+spread = distribute_tensor(x, mesh, [Shard(1)])
+for given, message in ((x, "both be DTensors"), (spread, "Shard(0)")):
+    try:
+        lm_head_logits(sharded, given, precision="bf16x3")
+    except ConfigError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+"""
 
 
 @pytest.mark.slow
 def test_a_head_under_tensor_and_sequence_parallel_gives_what_one_rank_gives(on_two_ranks):
     on_two_ranks(SOURCE)
+
+
+@pytest.mark.slow
+def test_parts_of_a_sharded_head_give_what_one_rank_gives(on_two_ranks):
+    on_two_ranks(IN_PARTS)

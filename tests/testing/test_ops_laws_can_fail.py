@@ -180,6 +180,16 @@ def test_logits_that_are_wrong_are_told(stand_in, wrong):
         check_lm_head_logits(lm_head, hidden, 2, precision="fp32")
 
 
+@pytest.mark.parametrize(("precision", "other"), [("bf16x3", "bf16"), ("bf16", "bf16x3")])
+def test_logits_of_another_precision_are_told(stand_in, precision, other):
+    torch.manual_seed(0)
+    lm_head, hidden = nn.Linear(16, 5), torch.randn(2, 4, 16).bfloat16()
+    check_lm_head_logits(lm_head, hidden, precision=precision)
+    stand_in("ops", "lm_head_logits", changing(precision=other))
+    with pytest.raises(AssertionError, match="a logit is"):
+        check_lm_head_logits(lm_head, hidden, precision=precision)
+
+
 @pytest.mark.parametrize("keep", [2, torch.tensor([3, 0])])
 def test_other_positions_than_the_kept_ones_are_told(stand_in, keep):
     lm_head, hidden = nn.Linear(16, 5), torch.randn(2, 4, 16)
