@@ -43,13 +43,17 @@ from automodel_fn.errors import (
     StalePlanError,
     StaleWeightError,
 )
-from automodel_fn.nn import Float32RMSNorm
+from automodel_fn.nn import Float32RMSNorm, LMHead
 from automodel_fn.ops import (
     LMHeadOutput,
+    LogitsPath,
     RopeConfig,
+    WeightParts,
     lm_head_logits,
+    logits_path,
     rms_norm_fp32,
     rope_config,
+    weight_parts,
 )
 from automodel_fn.plans import Plan, Row, apply
 from automodel_fn.step import (
@@ -90,7 +94,9 @@ __all__ = [
     "FieldResolution",
     "Finding",
     "Float32RMSNorm",
+    "LMHead",
     "LMHeadOutput",
+    "LogitsPath",
     "OtherRankError",
     "PartialCastError",
     "PatchError",
@@ -109,6 +115,7 @@ __all__ = [
     "StepContext",
     "TEFp8Config",
     "TensorCast",
+    "WeightParts",
     "accumulate",
     "apply",
     "audit",
@@ -128,6 +135,7 @@ __all__ = [
     "invalidate",
     "is_tensor_unallocated",
     "lm_head_logits",
+    "logits_path",
     "patch_te",
     "probe",
     "resolve",
@@ -138,4 +146,5 @@ __all__ = [
     "snapshot",
     "step_context",
     "temporary_cast",
+    "weight_parts",
 ]

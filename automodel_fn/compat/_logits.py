@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from automodel_fn.ops._logits import compute_dtype_of, lm_head_logits
+from automodel_fn.ops._heads import compute_dtype_of
+from automodel_fn.ops._logits import lm_head_logits
 
 
 def causal_lm_output(

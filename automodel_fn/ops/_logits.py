@@ -5,26 +5,32 @@ Shapes: `[B, S, H]` is batch, sequence, hidden; `[T, H]` is packed (THD); V is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.func import functional_call
 from torch.nn import functional
-from torch.nn.modules import module as torch_module
 from torch.utils import _pytree
 
 from automodel_fn.dtypes import dtype_name, parse_dtype
 from automodel_fn.errors import ConfigError
+from automodel_fn.ops._autocast import without_autocast
+from automodel_fn.ops._heads import (
+    COMPUTE_DTYPES,
+    NARROW_DTYPES,
+    PRECISIONS,
+    LogitsPrecision,
+    compute_dtype_of,
+    fsdp_policy,
+    is_plain_linear,
+    own_precision,
+    tensors_of,
+)
 from automodel_fn.ops._kept_positions import kept_positions
-
-_COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_NARROW = (torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from automodel_fn.ops._logits_by_products import logits_by_products
+from automodel_fn.ops._weight_parts import WeightParts
 
 
 @attrs.frozen(eq=False)
@@ -63,15 +69,23 @@ def lm_head_logits(
     *,
     logits_to_keep: int | Tensor = 0,
     is_thd: bool = False,
-    precision: Literal["fp32"] | None = None,
+    precision: LogitsPrecision | None = None,
+    weight_parts: WeightParts | None = None,
     logits_dtype: torch.dtype | str | None = None,
     output_hidden_states: bool = False,
 ) -> LMHeadOutput:
     """Project hidden states through the head of a language model.
 
-    Does not change the head: with precision="fp32" a narrower weight, which may be tied to the
+    Does not change the head. With precision="fp32" a narrower weight, which may be tied to the
     embedding, is cast for this call only, and its gradient comes in its own dtype. float32 products
     are made under autocast too; whether a GPU makes them in TF32 is torch's own setting.
+
+    With "bf16x3" bfloat16 hidden states meet bfloat16 parts of the weight that add up to it exactly
+    (`weight_parts`), so that products are exact and their float32 sums are all that rounds: close
+    to "fp32", in a fraction of its time. It multiplies a bfloat16 weight as it is. A weight that
+    has no exact parts, and every weight on the CPU, is multiplied in float32 (`logits_path` says
+    so, and why). The gradient of a float32 weight is a sum of three products, that of bfloat16
+    hidden states one of three that leaves out what is below 2**-16 of a term.
 
     Args:
         lm_head: The head; None on a pipeline stage that has none: the hidden states pass through as
@@ -81,15 +95,20 @@ def lm_head_logits(
             last ones; or a 1-D integer tensor of positions, which has to be right (the values are
             looked at on the CPU only, since on a GPU that would wait for it).
         is_thd: The input is packed: a batch dimension of 1 is put before what is `[T, ...]`.
-        precision: None computes in the dtype of the head: that of an FSDP2 head's mixed precision,
-            else that of its weight; a head with quantized weights is given its input as it is.
-            "fp32" computes in float32 whatever is stored.
+        precision: None leaves it to the head: the dtype of an FSDP2 head's mixed precision, else
+            that of its weight, or what an `LMHead` was made for; a head with quantized weights is
+            given its input as it is. "fp32" computes in float32 whatever is stored. "bf16x3" is as
+            above; "bf16" rounds the weight and the gradient of the logits to bfloat16. Both want
+            bfloat16 hidden states, add in float32 and return float32.
+        weight_parts: For "bf16x3", the parts of the weight of a plain Linear as it is now, made
+            once for many calls. Without, a call splits it anew, some rows at a time, and waits for
+            the device to know whether the parts are exact.
         logits_dtype: What the logits are rounded to, once; None leaves them as computed.
         output_hidden_states: Return the hidden states as well, those of every position.
 
     Raises:
         ConfigError: An argument is not as described; the head is quantized, or is sharded by FSDP2
-            to compute in less, and precision is "fp32".
+            to compute in less, and a precision is asked for.
 
     Source:
         Replaces `compute_lm_head_logits` (NeMo Automodel).
@@ -100,48 +119,28 @@ def lm_head_logits(
         >>> output.logits.shape, output.logits.dtype
         (torch.Size([1, 2, 10]), torch.float32)
     """
-    out_dtype = _demand_options(precision, logits_dtype)
+    out_dtype = _demand_options(precision, weight_parts, logits_dtype)
     logits = hidden_states
     if lm_head is not None:
         kept = kept_positions(hidden_states, logits_to_keep)
-        logits = _in_fp32(lm_head, kept) if precision else _in_its_dtype(lm_head, kept)
+        logits = _projected(lm_head, kept, precision, weight_parts, out_dtype)
         logits = logits if out_dtype is None else logits.to(out_dtype)
     hidden = _with_batch(hidden_states, is_thd) if output_hidden_states else None
     return LMHeadOutput(_with_batch(logits, is_thd), hidden)
 
 
-def compute_dtype_of(lm_head: nn.Module) -> torch.dtype | None:
-    """The dtype that a head computes in; None if it is quantized or has no weights.
-
-    Example:
-        >>> compute_dtype_of(nn.Linear(1, 1, dtype=torch.float16))
-        torch.float16
-    """
-    # FSDP2 shows the stored dtype until the pre-forward hook has run.
-    policy = _fsdp_policy(lm_head)
-    if policy is not None and policy.param_dtype is not None:
-        return policy.param_dtype
-    dtypes = [weight.dtype for weight in _weights(lm_head)]
-    return dtypes[0] if dtypes and all(dtype in _COMPUTE_DTYPES for dtype in dtypes) else None
-
-
-def _weights(lm_head: nn.Module) -> list[Tensor]:
-    # Its attribute comes last: a parametrized weight would be computed only to be asked.
-    weight = lm_head._parameters.get("weight")
-    if weight is not None:
-        return [weight]
-    held: list[Tensor] = [*lm_head.parameters()] or [*lm_head.buffers()]
-    attribute = None if held else getattr(lm_head, "weight", None)
-    return [attribute] if isinstance(attribute, Tensor) else held
-
-
-def _demand_options(precision: object, logits_dtype: Any) -> torch.dtype | None:
-    if precision not in (None, "fp32"):
-        raise ConfigError(f"precision={precision!r} must be None or 'fp32'.")
+def _demand_options(precision: object, parts: object, logits_dtype: Any) -> torch.dtype | None:
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r} must be None, 'fp32', 'bf16x3' or 'bf16'.")
+    if parts is not None and (not isinstance(parts, WeightParts) or precision in (None, "fp32")):
+        raise ConfigError(
+            f"weight_parts={type(parts).__name__} with precision={precision!r} has no use; it is "
+            "what weight_parts(lm_head.weight) gives, for precision='bf16x3' or 'bf16'."
+        )
     if logits_dtype is None:
         return None
     dtype = parse_dtype(logits_dtype)
-    if dtype not in _COMPUTE_DTYPES:
+    if dtype not in COMPUTE_DTYPES:
         raise ConfigError(
             f"logits_dtype={dtype_name(dtype)} is no dtype for logits; "
             "expected bf16, fp16, fp32 or float64."
@@ -153,9 +152,27 @@ def _with_batch(tensor: Tensor, is_thd: bool) -> Tensor:
     return tensor.unsqueeze(0) if is_thd and tensor.dim() == 2 else tensor
 
 
-def _fsdp_policy(lm_head: nn.Module) -> MixedPrecisionPolicy | None:
-    sharded = next((part for part in lm_head.modules() if isinstance(part, FSDPModule)), None)
-    return None if sharded is None else sharded._get_fsdp_state()._mp_policy
+def _projected(
+    lm_head: nn.Module,
+    kept: Tensor,
+    precision: LogitsPrecision | None,
+    parts: WeightParts | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    own = own_precision(lm_head)
+    if own is not None:
+        if precision not in (None, own) or parts is not None:
+            raise ConfigError(
+                f"lm_head is a {type(lm_head).__name__} with a precision of its own, {own!r}, and "
+                f"keeps its own parts; leave precision={precision!r} and weight_parts out."
+            )
+        return lm_head(kept)
+    if precision is None:
+        return _in_its_dtype(lm_head, kept)
+    if precision == "fp32":
+        return _in_fp32(lm_head, kept)
+    dtype = out_dtype or torch.float32
+    return logits_by_products(lm_head, kept, precision=precision, parts=parts, out_dtype=dtype)
 
 
 def _in_its_dtype(lm_head: nn.Module, kept: Tensor) -> Tensor:
@@ -165,14 +182,14 @@ def _in_its_dtype(lm_head: nn.Module, kept: Tensor) -> Tensor:
 
 def _in_fp32(lm_head: nn.Module, kept: Tensor) -> Tensor:
     own = compute_dtype_of(lm_head)
-    policy = _fsdp_policy(lm_head)
-    if policy is not None and (own in _NARROW or policy.output_dtype in _NARROW):
+    policy = fsdp_policy(lm_head)
+    if policy is not None and (own in NARROW_DTYPES or policy.output_dtype in NARROW_DTYPES):
         raise ConfigError(
             f"precision='fp32' needs a head that computes in float32, but FSDP2 makes this one "
             f"compute in {own} and return {policy.output_dtype or own}; shard it by itself: "
             "fully_shard(lm_head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))."
         )
-    tensors = dict(_tensors_of(lm_head))
+    tensors = dict(tensors_of(lm_head))
     if own is None and tensors:
         found = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
         raise ConfigError(
@@ -180,35 +197,16 @@ def _in_fp32(lm_head: nn.Module, kept: Tensor) -> Tensor:
             "use precision=None, or dequantize the head."
         )
     dtype = torch.float64 if own == torch.float64 else torch.float32
-    with _without_autocast(kept):
+    with without_autocast(kept):
         wide = kept.to(dtype)
-        if policy is not None or all(tensor.dtype not in _NARROW for tensor in tensors.values()):
+        if policy is not None or all(
+            tensor.dtype not in NARROW_DTYPES for tensor in tensors.values()
+        ):
             return lm_head(wide)
         copies = {
-            name: tensor.to(dtype) if tensor.dtype in _NARROW else tensor
+            name: tensor.to(dtype) if tensor.dtype in NARROW_DTYPES else tensor
             for name, tensor in tensors.items()
         }
-        if _is_plain_linear(lm_head):
+        if is_plain_linear(lm_head):
             return functional.linear(wide, copies["weight"], copies.get("bias"))
         return functional_call(lm_head, copies, (wide,))
-
-
-def _tensors_of(lm_head: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from lm_head.named_parameters()
-    yield from lm_head.named_buffers()
-
-
-def _is_plain_linear(lm_head: nn.Module) -> bool:
-    return (
-        type(lm_head) is nn.Linear
-        and "forward" not in lm_head.__dict__
-        and not any(getattr(lm_head, hooks) for hooks in _HOOKS)
-        and not torch_module._has_any_global_hook()
-    )
-
-
-def _without_autocast(tensor: Tensor) -> Any:
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

@@ -7,24 +7,28 @@ Shapes: T is tokens, H the hidden dimension, V the vocabulary, P the number of p
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import attrs
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from automodel_fn.errors import ConfigError
+from automodel_fn.dtypes import dtype_name
+from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops._autocast import without_autocast
+from automodel_fn.ops._heads import LogitsPrecision
+from automodel_fn.ops._logits_sharded import product_of_shards
 from automodel_fn.ops._products import (
     hidden_gradient,
     logits_by_parts,
     logits_by_splitting,
     weight_gradient,
 )
-from automodel_fn.ops._weight_parts import WeightParts, weight_parts
-
-LogitsPrecision = Literal["fp32", "bf16x3", "bf16"]
+from automodel_fn.ops._split import num_parts_of
+from automodel_fn.ops._weight_parts import WeightParts, demand_no_capture, weight_parts
 
 
 @attrs.frozen
@@ -84,7 +88,7 @@ def logits_product(
     """`hidden @ weight.T + bias`, made in float32 and rounded once.
 
     Args:
-        hidden: `[..., H]`, bfloat16.
+        hidden: `[..., H]`, bfloat16; with "fp32" of any dtype.
         weight: `[V, H]`, float32, float16 or bfloat16.
         bias: `[V]`, or None.
         precision: As for `lm_head_logits`.
@@ -94,7 +98,14 @@ def logits_product(
 
     Returns:
         `[..., V]`.
+
+    Raises:
+        ConfigError: An argument is not as described.
     """
+    if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
+        options = {"precision": precision, "parts": parts, "out_dtype": out_dtype}
+        return product_of_shards(hidden, weight, bias, partial(logits_product, **options))
+    _demand_fitting(hidden, weight, precision, parts)
     mode, stacked = precision, None
     if precision == "bf16":
         stacked = None if parts is None else parts.high
@@ -106,6 +117,34 @@ def logits_product(
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits, _ = _product(flat, weight, bias, stacked, mode, out_dtype)
     return logits.unflatten(0, hidden.shape[:-1]) if hidden.dim() != 2 else logits
+
+
+def _demand_fitting(
+    hidden: Tensor, weight: Tensor, precision: LogitsPrecision, parts: WeightParts | None
+) -> None:
+    lines: list[str] = []
+    if precision != "fp32" and hidden.dtype != torch.bfloat16:
+        lines.append(
+            f"hidden_states has the dtype {dtype_name(hidden.dtype)}; precision={precision!r} "
+            "takes bf16: cast them, or use precision='fp32' (FSDP2 casts what comes in to "
+            "param_dtype, unless cast_forward_inputs=False)"
+        )
+    if num_parts_of(weight.dtype) is None:
+        found = dtype_name(weight.dtype)
+        lines.append(f"weight has the dtype {found}; it must be fp32, fp16 or bf16")
+    if hidden.shape[-1] != weight.shape[-1]:
+        sizes = f"{hidden.shape[-1]} and {weight.shape[-1]}"
+        lines.append(f"hidden_states and weight have the hidden sizes {sizes}; they must be equal")
+    if parts is not None:
+        shape = (weight.shape[0], parts.num_parts * weight.shape[1])
+        found, device = tuple(parts.stacked.shape), parts.stacked.device
+        if found != shape or device != weight.device:
+            lines.append(
+                f"weight_parts is {found} on {device}; for this weight it must be {shape} on "
+                f"{weight.device}, as weight_parts(weight) makes it"
+            )
+    if lines:
+        raise ConfigError(itemized("logits cannot be computed:", lines))
 
 
 @torch.library.custom_op("automodel_fn::logits_product", mutates_args=())
@@ -125,7 +164,7 @@ def _product(
     with without_autocast(hidden):
         logits = None
         if mode == "split":
-            _demand_no_capture(hidden)
+            demand_no_capture(hidden)
             logits, is_exact = logits_by_splitting(hidden, weight)
             logits = logits if bool(is_exact) else None
         elif mode != "fp32":
@@ -149,14 +188,6 @@ def _given_parts(hidden: Tensor, weight: Tensor, stacked: Tensor | None) -> Weig
     found = weight.to(torch.bfloat16) if stacked is None else stacked
     num_parts = found.shape[1] // hidden.shape[1] if hidden.shape[1] else 1
     return WeightParts(found, num_parts=num_parts, is_exact=True)
-
-
-def _demand_no_capture(hidden: Tensor) -> None:
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ConfigError(
-            "weight_parts=None with precision='bf16x3' waits for the device, which a CUDA graph "
-            "cannot record; make them before: weight_parts=weight_parts(lm_head.weight)."
-        )
 
 
 @torch.library.custom_op("automodel_fn::logits_product_gradients", mutates_args=())
@@ -206,7 +237,9 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     hidden, weight, stacked, is_bf16 = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
     found = _gradients(grad, hidden, weight, stacked, is_bf16, ctx.mode, wanted)
-    of_hidden, of_weight = (part if want else None for part, want in zip(found, wanted, strict=True))
+    of_hidden, of_weight = (
+        part if want else None for part, want in zip(found, wanted, strict=True)
+    )
     of_bias = None
     if ctx.needs_input_grad[2]:
         of_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)

@@ -83,6 +83,7 @@ def weight_parts(weight: Tensor) -> WeightParts:
         )
     if num_parts == 1:
         return WeightParts(local, num_parts=1, is_exact=True)
+    demand_no_capture(local)
     num_rows, width = local.shape
     stacked = local.new_empty(num_rows, num_parts * width, dtype=torch.bfloat16)
     flags = [
@@ -91,6 +92,32 @@ def weight_parts(weight: Tensor) -> WeightParts:
     ]
     is_exact = not flags or bool(torch.stack(flags).all())
     return WeightParts(stacked, num_parts=num_parts, is_exact=is_exact)
+
+
+def rounded_weight(weight: Tensor) -> WeightParts:
+    """The weight rounded to bfloat16, as a single part: what `precision="bf16"` multiplies.
+
+    Args:
+        weight: `[V, H]`; of a DTensor, what this rank holds is rounded.
+
+    Example:
+        >>> rounded_weight(torch.full((1, 1), 1 / 3)).high
+        tensor([[0.3340]], dtype=torch.bfloat16)
+    """
+    local: Any = weight.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local
+    is_exact = local.dtype == torch.bfloat16
+    return WeightParts(local.to(torch.bfloat16), num_parts=1, is_exact=is_exact)
+
+
+def demand_no_capture(weight: Tensor) -> None:
+    """Raise where a CUDA graph is being recorded, which cannot wait for the device."""
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "the parts of a weight are made while a CUDA graph is recorded, and to know whether "
+            "they are exact waits for the device; make them before it: weight_parts=..., or one "
+            "forward of an LMHead."
+        )
 
 
 def split_stacked_(weight: Tensor, stacked: Tensor, num_parts: int) -> Tensor:

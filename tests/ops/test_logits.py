@@ -135,7 +135,7 @@ def test_hidden_states_of_another_shape_or_kind_are_an_error(x):
 @pytest.mark.parametrize(
     "options",
     [
-        {"precision": "bf16"},
+        {"precision": "tf32"},
         {"precision": torch.float32},
         {"logits_dtype": "int8"},
         {"logits_dtype": torch.float8_e4m3fn},
