@@ -12,11 +12,15 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from automodel_fn.errors import ConfigError
 from automodel_fn.ops._choice import KernelChoice
 from automodel_fn.ops._loss_chunks import ChunkedLoss, LossInputs, Wanted, chunked_loss
 from automodel_fn.ops._loss_terms import LossTerms, write_token_losses
+
+NO_SECOND_DERIVATIVE = (
+    "lm_head_loss has no second derivative; take it of F.cross_entropy on full logits."
+)
 
 
 @attrs.frozen
@@ -115,18 +119,36 @@ class EagerLoss(torch.autograd.Function):
         return loss, z_loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
         # Taken from the node, so that autograd may keep these very tensors as .grad.
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            gradients = gradients_again(ctx.saved_tensors, upstream, ctx.settings, ctx.wanted)
-        else:
-            for gradient in gradients:
-                multiply_(gradient, upstream)
+        with torch.no_grad():
+            if gradients is None:
+                gradients = gradients_again(ctx.saved_tensors, upstream, ctx.settings, ctx.wanted)
+            else:
+                for gradient in gradients:
+                    multiply_(gradient, upstream)
+        if torch.is_grad_enabled():
+            inputs = [tensor for tensor in ctx.saved_tensors if tensor is not None]
+            gradients = [
+                None if gradient is None else FirstOrderOnly.apply(gradient, *inputs)
+                for gradient in gradients
+            ]
         return (*gradients, None, None, None, None)
+
+
+class FirstOrderOnly(torch.autograd.Function):
+    """A gradient that depends on tensors in a way that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> None:
+        raise ConfigError(NO_SECOND_DERIVATIVE)
 
 
 def gradients_of(found: ChunkedLoss, hidden: Tensor) -> list[Tensor | None]:

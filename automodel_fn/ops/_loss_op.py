@@ -15,6 +15,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from automodel_fn.errors import ConfigError
 from automodel_fn.ops._loss_autograd import (
+    NO_SECOND_DERIVATIVE,
     LossSettings,
     computed,
     flat_inputs,
@@ -132,10 +133,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     if any(other is not None for other in others):
-        raise ConfigError(
-            "lm_head_loss has no second derivative, and its z_loss has no first; "
-            "use F.cross_entropy on full logits."
-        )
+        raise ConfigError(NO_SECOND_DERIVATIVE)
     nothing = (None,) * 10
     if upstream is None:
         return None, None, None, *nothing
