@@ -41,9 +41,16 @@ def complaints_about_tensors(
         if tensor.dtype not in _DTYPES:
             found = dtype_name(tensor.dtype)
             yield f"{name} has the dtype {found}; it must be bf16, fp16, fp32 or float64"
-    devices = {name: str(tensor.device) for name, tensor in {**given, "labels": labels}.items()}
+    everything = {**given, "labels": labels}
+    devices = {name: str(tensor.device) for name, tensor in everything.items()}
     if len(set(devices.values())) > 1:
         yield f"the tensors are on several devices: {devices}"
+    spread = [name for name, tensor in everything.items() if isinstance(tensor, DTensor)]
+    rest = [name for name in everything if name not in spread]
+    if spread and rest:
+        verb = "is a DTensor" if len(spread) == 1 else "are DTensors"
+        other = "is not" if len(rest) == 1 else "are not"
+        yield f"{' and '.join(spread)} {verb}, {' and '.join(rest)} {other}: distribute all or none"
     for name in ("weight", "bias"):
         if isinstance(given.get(name), DTensor) and _is_sharded(given[name]):
             yield (
