@@ -18,6 +18,8 @@ from automodel_fn.ops._choice import KernelChoice
 from automodel_fn.ops._loss_chunks import ChunkedLoss, LossInputs, Wanted, chunked_loss
 from automodel_fn.ops._loss_terms import LossTerms, write_token_losses
 
+Numbers = tuple[int, float, float, float | None]
+"""ignore_index, label_smoothing, z_loss, softcap."""
 NO_SECOND_DERIVATIVE = (
     "lm_head_loss has no second derivative; take it of F.cross_entropy on full logits."
 )
@@ -30,14 +32,36 @@ class LossSettings:
     Args:
         terms: The terms of the loss.
         operand_dtype: What hidden states and weight are rounded to before they are multiplied.
-        chunk_size: As for `chunked_loss`.
+        is_split: As for `chunked_loss`, as is `chunk_size`.
         is_summed: One number for all tokens, or one for each.
     """
 
     terms: LossTerms
     operand_dtype: torch.dtype = attrs.field(kw_only=True)
+    is_split: bool = attrs.field(kw_only=True)
     chunk_size: int | None = attrs.field(kw_only=True)
     is_summed: bool = attrs.field(kw_only=True)
+
+
+def settings_of(
+    numbers: Numbers,
+    operand_dtype: torch.dtype,
+    is_split: bool,
+    chunk_size: int | None,
+    is_summed: bool,
+) -> LossSettings:
+    """The settings, of what an operator can be given."""
+    ignore_index, label_smoothing, z_loss, softcap = numbers
+    terms = LossTerms(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
+    )
+    return LossSettings(
+        terms,
+        operand_dtype=operand_dtype,
+        is_split=is_split,
+        chunk_size=chunk_size,
+        is_summed=is_summed,
+    )
 
 
 def loss_kernel(device: torch.device, operand_dtype: torch.dtype) -> KernelChoice:
@@ -76,6 +100,7 @@ def computed(inputs: LossInputs, settings: LossSettings, wanted: Wanted) -> Chun
             settings.terms,
             wanted,
             operand_dtype=settings.operand_dtype,
+            is_split=settings.is_split,
             chunk_size=settings.chunk_size,
             write=write,
         )
@@ -184,20 +209,15 @@ def eager_loss(
     bias: Tensor | None,
     labels: Tensor,
     scale: Tensor,
-    numbers: tuple[int, float, float, float | None],
+    numbers: Numbers,
     operand_dtype: torch.dtype,
+    is_split: bool,
     chunk_size: int | None,
     *,
     is_summed: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the part of it that is the z-loss, of plain tensors."""
-    ignore_index, label_smoothing, z_loss, softcap = numbers
-    terms = LossTerms(
-        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
-    )
-    settings = LossSettings(
-        terms, operand_dtype=operand_dtype, chunk_size=chunk_size, is_summed=is_summed
-    )
+    settings = settings_of(numbers, operand_dtype, is_split, chunk_size, is_summed)
     is_on = torch.is_grad_enabled()
     wanted = Wanted(
         is_on and hidden.requires_grad,

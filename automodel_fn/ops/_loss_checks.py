@@ -12,15 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
+from automodel_fn.ops._heads import PRECISIONS
 
 _REDUCTIONS = ("mean", "sum", "none")
-_PRECISIONS = (None, "fp32", "bf16")
 _LABELS = (torch.int64, torch.int32)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def complaints_about_tensors(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, precision: Any
 ) -> Iterator[str]:
     """What is wrong with the tensors, a line each."""
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -42,6 +42,14 @@ def complaints_about_tensors(
             found = dtype_name(tensor.dtype)
             yield f"{name} has the dtype {found}; it must be bf16, fp16, fp32 or float64"
     everything = {**given, "labels": labels}
+    if precision == "bf16x3" and hidden.dtype != torch.bfloat16:
+        found = dtype_name(hidden.dtype)
+        yield (
+            f"hidden_states has the dtype {found}; precision='bf16x3' takes bf16: cast them, "
+            "or use precision='fp32'"
+        )
+    if precision == "bf16x3" and weight.dtype == torch.float64:
+        yield "weight has the dtype float64; precision='bf16x3' splits bf16, fp16 or fp32"
     devices = {name: str(tensor.device) for name, tensor in everything.items()}
     if len(set(devices.values())) > 1:
         yield f"the tensors are on several devices: {devices}"
@@ -79,8 +87,8 @@ def complaints_about_choices(
     """What is wrong with the other options, a line each."""
     if reduction not in _REDUCTIONS:
         yield f"reduction={reduction!r} must be 'mean', 'sum' or 'none'"
-    if precision not in _PRECISIONS:
-        yield f"precision={precision!r} must be None, 'fp32' or 'bf16'"
+    if precision is not None and precision not in PRECISIONS:
+        yield f"precision={precision!r} must be None, 'fp32', 'bf16x3' or 'bf16'"
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         yield f"chunk_size={chunk_size!r} must be None or an int of at least 1"
     if num_items_in_batch is None:

@@ -5,19 +5,14 @@ Shapes: T is tokens, H the hidden dimension, V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
-from automodel_fn.ops._loss_sums import (
-    WeightSum,
-    kept_dtype,
-    multiply,
-    product_dtype_of,
-    sum_dtype_of,
-)
+from automodel_fn.ops._loss_products import PlainProducts, Products, SplitProducts
+from automodel_fn.ops._loss_sums import WeightSum, kept_dtype, sum_dtype_of
 from automodel_fn.ops._loss_terms import LossTerms, chunk_sizes, write_token_losses
 
 # Products are slow where rows do not start at multiples of 16 bytes, as of a vocabulary of 50257.
@@ -82,6 +77,7 @@ def chunked_loss(
     wanted: Wanted,
     *,
     operand_dtype: torch.dtype,
+    is_split: bool = False,
     chunk_size: int | None = None,
     write: Callable[..., None] = write_token_losses,
 ) -> ChunkedLoss:
@@ -92,40 +88,40 @@ def chunked_loss(
         terms: The terms of the loss.
         wanted: Which gradients to compute.
         operand_dtype: What hidden states and weight are rounded to before they are multiplied.
+        is_split: On CUDA, multiply bfloat16 parts of the weight and of the gradients of logits.
         chunk_size: How many tokens' gradients of logits are held; None chooses.
         write: What computes the losses of a chunk from its logits.
     """
-    product_dtype = product_dtype_of(operand_dtype, inputs.hidden.device)
-    hidden, weight = (
-        tensor.to(operand_dtype).to(product_dtype) for tensor in (inputs.hidden, inputs.weight)
-    )
-    (num_tokens, _), vocabulary = hidden.shape, len(weight)
-    sums = sum_dtype_of(operand_dtype)
-    sizes = chunk_sizes(num_tokens, vocabulary, product_dtype, chunk_size)
-    losses, z_losses = (hidden.new_empty(num_tokens, dtype=sums) for _ in range(2))
-    of_hidden = _like(inputs.hidden) if wanted.hidden else None
-    num_held = -(-num_tokens // sizes.held)
+    products = _products(inputs, operand_dtype, is_split)
+    dtype, sums = products.gradient_dtype, sum_dtype_of(operand_dtype)
+    num_tokens, vocabulary = len(inputs.hidden), len(inputs.weight)
+    sizes = chunk_sizes(num_tokens, vocabulary, dtype, chunk_size)
+    losses, z_losses = (_empty(inputs.hidden, (num_tokens,), sums) for _ in range(2))
+    of_hidden = _gradient_of(inputs.hidden) if wanted.hidden else None
     of_weight = None
     if wanted.weight:
-        of_weight = WeightSum(_like(inputs.weight), sums, num_products=num_held)
-    of_bias = hidden.new_zeros(vocabulary, dtype=sums) if wanted.bias else None
-    held = _rows(hidden, sizes.held if wanted.any else 0, vocabulary, product_dtype)
-    is_in_place = wanted.any and product_dtype == sums
-    logits = _rows(hidden, 0 if is_in_place else sizes.rows, vocabulary, sums)
+        num_held = -(-num_tokens // sizes.held)
+        of_weight = WeightSum(_gradient_of(inputs.weight), sums, num_products=num_held)
+    of_bias = inputs.weight.new_zeros(vocabulary, dtype=sums) if wanted.bias else None
+    is_in_place = wanted.any and dtype == sums
+    held = _rows(inputs.hidden, sizes.held if wanted.any else 0, vocabulary, dtype)
+    logits = _rows(inputs.hidden, 0 if is_in_place else sizes.rows, vocabulary, sums)
     scale = inputs.scale.expand(num_tokens)
     for outer in _slices(0, num_tokens, sizes.held):
         gradients = held[: outer.stop - outer.start]
-        for inner in _slices(outer.start, outer.stop, sizes.rows):
-            size, offset = inner.stop - inner.start, inner.start - outer.start
-            target = gradients[offset : offset + size] if wanted.any else None
-            found = logits[:size] if target is None or not is_in_place else target
-            multiply(hidden[inner], weight.t(), found)
-            of_tokens = losses[inner], z_losses[inner]
-            write(found, inputs.labels[inner], inputs.bias, scale[inner], terms, *of_tokens, target)
+        if is_in_place:
+            products.write_logits(outer, gradients)
+        for rows in _slices(outer.start, outer.stop, sizes.rows):
+            target = gradients[rows.start - outer.start : rows.stop - outer.start]
+            found = target if is_in_place else logits[: rows.stop - rows.start]
+            if not is_in_place:
+                products.write_logits(rows, found)
+            of_rows = (inputs.labels[rows], inputs.bias, scale[rows], terms)
+            write(found, *of_rows, losses[rows], z_losses[rows], target if wanted.any else None)
         if of_hidden is not None:
-            multiply(gradients, weight, of_hidden[outer])
+            products.write_hidden_gradient(gradients, of_hidden[outer])
         if of_weight is not None:
-            of_weight.add(gradients.t(), hidden[outer])
+            products.add_weight_gradient(gradients, outer, of_weight)
         if of_bias is not None:
             of_bias += gradients.sum(0, dtype=sums)
     return ChunkedLoss(
@@ -137,14 +133,24 @@ def chunked_loss(
     )
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=kept_dtype(tensor), device=tensor.device)
+def _products(inputs: LossInputs, operand_dtype: torch.dtype, is_split: bool) -> Products:
+    if is_split and inputs.hidden.is_cuda:
+        return SplitProducts(inputs.hidden, inputs.weight)
+    return PlainProducts(inputs.hidden, inputs.weight, operand_dtype)
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _gradient_of(tensor: Tensor) -> Tensor:
+    return _empty(tensor, tensor.shape, kept_dtype(tensor))
 
 
 def _rows(like: Tensor, size: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     step = _ROW_BYTES // dtype.itemsize
     width = -(-vocabulary // step) * step
-    return like.new_empty(size, width, dtype=dtype)[:, :vocabulary]
+    return _empty(like, (size, width), dtype)[:, :vocabulary]
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -16,27 +16,15 @@ from torch.distributed.tensor.experimental import register_sharding
 from automodel_fn.errors import ConfigError
 from automodel_fn.ops._loss_autograd import (
     NO_SECOND_DERIVATIVE,
-    LossSettings,
+    Numbers,
     computed,
     flat_inputs,
     gradients_of,
     reduced,
+    settings_of,
 )
 from automodel_fn.ops._loss_chunks import Wanted
 from automodel_fn.ops._loss_sums import kept_dtype, sum_dtype_of
-from automodel_fn.ops._loss_terms import LossTerms
-
-_Numbers = tuple[int, float, float, float | None]
-
-
-def _settings(numbers: Any, operand_dtype: Any, chunk_size: Any, is_summed: bool) -> LossSettings:
-    ignore_index, label_smoothing, z_loss, softcap = numbers
-    terms = LossTerms(
-        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
-    )
-    return LossSettings(
-        terms, operand_dtype=operand_dtype, chunk_size=chunk_size, is_summed=is_summed
-    )
 
 
 @torch.library.custom_op("automodel_fn::lm_head_loss", mutates_args=())
@@ -51,12 +39,13 @@ def _loss(
     z_loss: float,
     softcap: float | None,
     operand_dtype: torch.dtype,
+    is_split: bool,
     chunk_size: int | None,
     is_summed: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     numbers = (ignore_index, label_smoothing, z_loss, softcap)
-    settings = _settings(numbers, operand_dtype, chunk_size, is_summed)
+    settings = settings_of(numbers, operand_dtype, is_split, chunk_size, is_summed)
     inputs = flat_inputs(hidden, weight, bias, labels, scale)
     found = computed(inputs, settings, _wanted(wants))
     loss, of_z = reduced(found, labels, scale, is_summed=is_summed)
@@ -75,12 +64,13 @@ def _gradients(
     z_loss: float,
     softcap: float | None,
     operand_dtype: torch.dtype,
+    is_split: bool,
     chunk_size: int | None,
     is_summed: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     numbers = (ignore_index, label_smoothing, z_loss, softcap)
-    settings = _settings(numbers, operand_dtype, chunk_size, is_summed)
+    settings = settings_of(numbers, operand_dtype, is_split, chunk_size, is_summed)
     inputs = flat_inputs(hidden, weight, bias, labels, scale)
     return _present(gradients_of(computed(inputs, settings, _wanted(wants)), hidden), hidden)
 
@@ -111,7 +101,7 @@ def _empty_gradients(
 
 @_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
-    operand_dtype, _, is_summed, wants = rest[5:]
+    operand_dtype, _, _, is_summed, wants = rest[5:]
     shape = () if is_summed else labels.shape
     parts = (hidden.new_empty(shape, dtype=sum_dtype_of(operand_dtype)) for _ in range(2))
     return *parts, *_empty_gradients(hidden, weight, bias, operand_dtype, wants)
@@ -119,7 +109,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest
 
 @_gradients.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
-    operand_dtype, _, _, wants = rest[5:]
+    operand_dtype, *_, wants = rest[5:]
     return _empty_gradients(hidden, weight, bias, operand_dtype, wants)
 
 
@@ -134,7 +124,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     if any(other is not None for other in others):
         raise ConfigError(NO_SECOND_DERIVATIVE)
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     if upstream is None:
         return None, None, None, *nothing
     if ctx.is_summed:
@@ -167,7 +157,7 @@ def _sharding(hidden: Any, *rest: Any, num_parts: int) -> list[Any]:
         part = total if is_summed else place
         scaling = place if len(scale.shape) else Replicate()
         tensors = [place, Replicate(), None if bias is None else Replicate(), place, scaling]
-        options.append(([part] * num_parts + outputs, tensors + [None] * 8))
+        options.append(([part] * num_parts + outputs, tensors + [None] * 9))
     return options
 
 
@@ -187,8 +177,9 @@ def traced_loss(
     bias: Tensor | None,
     labels: Tensor,
     scale: Tensor,
-    numbers: _Numbers,
+    numbers: Numbers,
     operand_dtype: torch.dtype,
+    is_split: bool,
     chunk_size: int | None,
     *,
     is_summed: bool,
@@ -197,6 +188,6 @@ def traced_loss(
     grads = torch.is_grad_enabled()
     wants = [grads and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     now = wants if is_summed else [False, False, False]
-    rest = (*numbers, operand_dtype, chunk_size, is_summed, now)
+    rest = (*numbers, operand_dtype, is_split, chunk_size, is_summed, now)
     loss, of_z, *_ = _loss(hidden, weight, bias, labels, scale, *rest)
     return loss, of_z.detach()

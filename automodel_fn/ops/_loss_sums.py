@@ -5,6 +5,8 @@ Shapes: T is tokens, H the hidden dimension, V the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -95,19 +97,13 @@ class WeightSum:
             rest = torch.empty_like(result[num_first:], dtype=dtype)
             self._parts = (memory.view(num_first, result.shape[1]), rest)
 
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """Add a product.
-
-        Args:
-            left: `[V, t]`.
-            right: `[t, H]`, of the same dtype.
-        """
-        put = add_product if self._is_begun else multiply
-        start = 0
-        for part in self._parts:
-            put(left[start : start + len(part)], right, part)
-            start += len(part)
+    def parts(self) -> Iterator[tuple[slice, Tensor, bool]]:
+        """Where to put the next product: rows of it, their tensor, and whether to add to that."""
+        start, is_begun = 0, self._is_begun
         self._is_begun = True
+        for part in self._parts:
+            yield slice(start, start + len(part)), part, is_begun
+            start += len(part)
 
     def result(self) -> Tensor:
         """The sum, in the tensor that was given for it; nothing can be added after."""

@@ -268,6 +268,16 @@ def test_the_weight_is_multiplied_in_its_own_dtype_or_in_the_one_asked_for():
         assert torch.equal(lm_head_loss(hidden, weight, labels, precision="fp32").loss, wide)
 
 
+def test_exact_products_of_bf16_hidden_states_are_made_in_fp32_on_a_cpu():
+    hidden, weight, labels, _ = made()
+    own, wide = leaves(hidden.bfloat16(), weight), leaves(hidden.bfloat16().float(), weight)
+    lm_head_loss(*own, labels, precision="bf16x3").loss.backward()
+    lm_head_loss(*wide, labels, precision="fp32").loss.backward()
+
+    assert torch.equal(own[0].grad, wide[0].grad.bfloat16())
+    assert torch.equal(own[1].grad, wide[1].grad)
+
+
 def test_mixed_dtypes_give_gradients_in_their_own():
     hidden, weight, labels, _ = made()
     own = leaves(hidden.bfloat16(), weight)
@@ -349,6 +359,8 @@ def test_a_label_outside_of_the_vocabulary_is_named(label):
     [
         ({"reduction": "avg"}, "reduction='avg' must be 'mean', 'sum' or 'none'"),
         ({"precision": "tf32"}, "precision='tf32' must be"),
+        ({"precision": "bf16x3"}, "hidden_states has the dtype float32; precision='bf16x3'"),
+        ({"precision": "bf16x3", "weight": torch.zeros(V, H).double()}, "splits bf16, fp16 or"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5 must be a number from 0 to 1"),
         ({"label_smoothing": True}, "label_smoothing=True"),
         ({"z_loss": -1.0}, "z_loss=-1.0 must be a finite number of at least 0"),

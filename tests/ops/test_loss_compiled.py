@@ -91,7 +91,7 @@ def test_the_operator_has_no_second_derivative_either():
     from automodel_fn.ops._loss_op import traced_loss
 
     hidden, weight, labels = made(7)
-    options = ((-100, 0.0, 0.0, None), torch.float32, None)
+    options = ((-100, 0.0, 0.0, None), torch.float32, False, None)
     loss, _ = traced_loss(hidden, weight, None, labels, torch.ones(()), *options, is_summed=True)
     (grad, _) = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
 
@@ -106,6 +106,6 @@ def test_the_operator_passes_the_checks_of_torch(is_summed):
     wants = [is_summed, is_summed, False]
     torch.library.opcheck(
         torch.ops.automodel_fn.lm_head_loss.default,
-        (*arguments, torch.float32, 3, is_summed, wants),
+        (*arguments, torch.float32, False, 3, is_summed, wants),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
