@@ -45,6 +45,7 @@ def lm_head_loss_reference(
     logits = functional.linear(hidden_states.double(), weight.double(), wide)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    shape = labels.shape
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     flat, classes = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
@@ -58,8 +59,9 @@ def lm_head_loss_reference(
     counts = classes != ignore_index
     losses = losses + torch.where(counts, z_loss * torch.logsumexp(flat, -1).square(), 0.0)
     if reduction == "none":
-        losses = losses.view(labels.shape)
-        return functional.pad(losses, (0, 1)) if shift else losses
+        of_tokens = losses.new_zeros(shape)
+        of_tokens[..., : labels.shape[-1]] = losses.view(labels.shape)
+        return of_tokens
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -14,6 +14,7 @@ from automodel_fn.testing._laws_atomic import InjectedError, InjectedInterrupt, 
 from automodel_fn.testing._laws_cast import check_aliases_kept, check_cast_exact
 from automodel_fn.testing._laws_frozen import check_frozen_plan
 from automodel_fn.testing._laws_inverse import check_inverse, check_undo
+from automodel_fn.testing._laws_loss import check_lm_head_loss
 from automodel_fn.testing._laws_notes import check_notes
 from automodel_fn.testing._laws_ops import (
     check_lm_head_logits,
@@ -29,6 +30,7 @@ from automodel_fn.testing._laws_temporary import check_temporary_cast
 from automodel_fn.testing._stand_ins import te_stand_ins
 from automodel_fn.testing._strategies_arguments import pin_patterns, step_contexts
 from automodel_fn.testing._strategies_backends import availabilities, backend_configs
+from automodel_fn.testing._strategies_loss import lm_head_loss_arguments
 from automodel_fn.testing._strategies_models import models
 from automodel_fn.testing._strategies_ops import (
     lm_head_arguments,
@@ -49,6 +51,7 @@ __all__ = [
     "check_frozen_plan",
     "check_inverse",
     "check_lm_head_logits",
+    "check_lm_head_loss",
     "check_notes",
     "check_patch_passes_step",
     "check_patch_reversible",
@@ -61,6 +64,7 @@ __all__ = [
     "check_undo",
     "dtypes",
     "lm_head_arguments",
+    "lm_head_loss_arguments",
     "models",
     "norm_arguments",
     "pin_patterns",
