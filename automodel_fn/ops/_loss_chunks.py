@@ -13,10 +13,12 @@ from torch import Tensor
 
 from automodel_fn.ops._loss_products import PlainProducts, Products, SplitProducts
 from automodel_fn.ops._loss_sums import WeightSum, kept_dtype, sum_dtype_of
-from automodel_fn.ops._loss_terms import LossTerms, chunk_sizes, write_token_losses
+from automodel_fn.ops._loss_terms import ChunkSizes, LossTerms, chunk_sizes, write_token_losses
 
 # Products are slow where rows do not start at multiples of 16 bytes, as of a vocabulary of 50257.
 _ROW_BYTES = 128
+# As many logits at a time as products gain from.
+_SPARE_ROWS = 2048
 
 
 @attrs.frozen(eq=False)
@@ -95,7 +97,7 @@ def chunked_loss(
     products = _products(inputs, operand_dtype, is_split)
     dtype, sums = products.gradient_dtype, sum_dtype_of(operand_dtype)
     num_tokens, vocabulary = len(inputs.hidden), len(inputs.weight)
-    sizes = chunk_sizes(num_tokens, vocabulary, dtype, chunk_size)
+    sizes = chunk_sizes(num_tokens, vocabulary, dtype, chunk_size, wants_weight=wanted.weight)
     losses, z_losses = (_empty(inputs.hidden, (num_tokens,), sums) for _ in range(2))
     of_hidden = _gradient_of(inputs.hidden) if wanted.hidden else None
     of_weight = None
@@ -105,13 +107,14 @@ def chunked_loss(
     of_bias = inputs.weight.new_zeros(vocabulary, dtype=sums) if wanted.bias else None
     is_in_place = wanted.any and dtype == sums
     held = _rows(inputs.hidden, sizes.held if wanted.any else 0, vocabulary, dtype)
-    logits = _rows(inputs.hidden, 0 if is_in_place else sizes.rows, vocabulary, sums)
+    logits = held if is_in_place else _logits(inputs.hidden, sizes, vocabulary, sums, of_weight)
+    num_rows = min(sizes.rows if is_in_place else len(logits), sizes.held)
     scale = inputs.scale.expand(num_tokens)
     for outer in _slices(0, num_tokens, sizes.held):
         gradients = held[: outer.stop - outer.start]
         if is_in_place:
             products.write_logits(outer, gradients)
-        for rows in _slices(outer.start, outer.stop, sizes.rows):
+        for rows in _slices(outer.start, outer.stop, num_rows):
             target = gradients[rows.start - outer.start : rows.stop - outer.start]
             found = target if is_in_place else logits[: rows.stop - rows.start]
             if not is_in_place:
@@ -148,9 +151,28 @@ def _gradient_of(tensor: Tensor) -> Tensor:
 
 
 def _rows(like: Tensor, size: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    return _empty(like, (size, _width(vocabulary, dtype)), dtype)[:, :vocabulary]
+
+
+def _width(vocabulary: int, dtype: torch.dtype) -> int:
     step = _ROW_BYTES // dtype.itemsize
-    width = -(-vocabulary // step) * step
-    return _empty(like, (size, width), dtype)[:, :vocabulary]
+    return -(-vocabulary // step) * step
+
+
+def _logits(
+    like: Tensor,
+    sizes: ChunkSizes,
+    vocabulary: int,
+    dtype: torch.dtype,
+    of_weight: WeightSum | None,
+) -> Tensor:
+    """Memory for logits: that of the gradient of the weight, where it is not needed before."""
+    width = _width(vocabulary, dtype)
+    spare = like.new_empty(0, dtype=dtype) if of_weight is None else of_weight.spare(dtype)
+    size = min(len(spare) // width, _SPARE_ROWS)
+    if size <= sizes.rows:
+        return _rows(like, sizes.rows, vocabulary, dtype)
+    return spare[: size * width].view(size, width)[:, :vocabulary]
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -89,13 +89,20 @@ class WeightSum:
     def __init__(self, result: Tensor, dtype: torch.dtype, *, num_products: int) -> None:
         self._result = result
         self._is_begun = False
+        self._is_single = num_products <= 1
         self._parts = (result,)
-        if result.dtype != dtype and num_products > 1:
+        if result.dtype != dtype and not self._is_single:
             width = dtype.itemsize // result.dtype.itemsize
             num_first = len(result) // width
             memory = result[: num_first * width].view(-1).view(dtype)
             rest = torch.empty_like(result[num_first:], dtype=dtype)
             self._parts = (memory.view(num_first, result.shape[1]), rest)
+
+    def spare(self, dtype: torch.dtype) -> Tensor:
+        """Memory, as a vector, that nothing else is put into before the only product is written."""
+        numel = self._result.numel() * self._result.dtype.itemsize // dtype.itemsize
+        size = numel * dtype.itemsize // self._result.dtype.itemsize if self._is_single else 0
+        return self._result.view(-1)[:size].view(dtype)
 
     def parts(self) -> Iterator[tuple[slice, Tensor, bool]]:
         """Where to put the next product: rows of it, their tensor, and whether to add to that."""

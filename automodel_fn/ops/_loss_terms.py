@@ -11,11 +11,13 @@ import attrs
 import torch
 from torch import Tensor
 
-# The widest gradient of logits that is held: 4096 tokens of a vocabulary of 128256 in bfloat16.
-_HELD_BYTES = 2**30
-# float32 logits of at most so many tokens, and of at most an eighth of all, exist at a time: more
-# do not make the products faster, fewer do make them slower.
-_MOST_ROWS, _LEAST_ROWS = 512, 64
+# Gradients of logits are held for one product with all hidden states up to so many bytes: 8192
+# tokens of a vocabulary of 128256 in bfloat16. Where they are more, the sum of several products
+# needs memory too, and chunks are smaller.
+_HELD_AT_ONCE, _HELD_OF_MORE = 2**31, 2**30
+# Logits of few tokens take longer to multiply, and more than these do not take less.
+_LEAST_ROWS, _MOST_ROWS = 64, 1024
+_STEP = 128
 
 
 @attrs.frozen
@@ -49,26 +51,42 @@ class ChunkSizes:
 
 
 def chunk_sizes(
-    num_tokens: int, vocabulary: int, dtype: torch.dtype, chunk_size: int | None
+    num_tokens: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    chunk_size: int | None,
+    *,
+    wants_weight: bool = True,
 ) -> ChunkSizes:
-    """The chunks for so many tokens.
+    """The chunks for so many tokens: where they choose themselves, of even sizes.
 
     Args:
         num_tokens: T.
         vocabulary: V.
         dtype: Of the gradients of the logits.
-        chunk_size: What the caller wants held; None: as many as fit into a GiB.
+        chunk_size: What the caller wants held, or None.
+        wants_weight: Whether the weight has a gradient. If not, nothing is gained by holding more
+            than what is computed at a time.
 
     Example:
         >>> chunk_sizes(16384, 128256, torch.bfloat16, None)
-        ChunkSizes(held=4096, rows=512)
+        ChunkSizes(held=4096, rows=1024)
     """
-    rows = min(max(-(-num_tokens // 8), _LEAST_ROWS), _MOST_ROWS)
+    rows = min(max(-(-num_tokens // 16), _LEAST_ROWS), _MOST_ROWS)
     if chunk_size is None:
-        fitting = _HELD_BYTES // max(vocabulary * dtype.itemsize, 1)
-        chunk_size = max(fitting // rows, 1) * rows
+        chunk_size = _even(num_tokens, vocabulary * dtype.itemsize, dtype) if wants_weight else rows
     held = min(chunk_size, max(num_tokens, 1))
     return ChunkSizes(held, rows=min(rows, held))
+
+
+def _even(num_tokens: int, row_bytes: int, dtype: torch.dtype) -> int:
+    # float32 gradients are in the memory of float32 logits: to hold fewer costs little.
+    at_once = _HELD_AT_ONCE if dtype.itemsize < 4 else _HELD_OF_MORE
+    if num_tokens * row_bytes <= at_once:
+        return max(num_tokens, 1)
+    most = max(_HELD_OF_MORE // row_bytes, 1)
+    even = -(-num_tokens // -(-num_tokens // most))
+    return min(-(-even // _STEP) * _STEP, most)
 
 
 def write_token_losses(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from automodel_fn.ops._loss_terms import LossTerms
 
-_BLOCK, _NUM_WARPS = 4096, 8
+_BLOCK, _NUM_WARPS = 2048, 8
 _SCALE_BLOCK, _SCALE_PROGRAMS = 4096, 1056
 
 

@@ -88,16 +88,37 @@ def test_a_gpu_multiplies_bfloat16_as_it_is_and_nothing_in_float16():
     assert product_dtype_of(torch.float64, cuda) == torch.float64
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 500, 512, 4096, 5000, 100000])
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 500, 512, 4096, 5000, 8193, 100000])
 @pytest.mark.parametrize("vocabulary", [1, 32000, 128256, 10**9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_held_is_bounded(num_tokens, vocabulary, dtype):
-    sizes = chunk_sizes(num_tokens, vocabulary, dtype, None)
+@pytest.mark.parametrize("wants_weight", [True, False])
+def test_what_is_held_is_bounded(num_tokens, vocabulary, dtype, wants_weight):
+    sizes = chunk_sizes(num_tokens, vocabulary, dtype, None, wants_weight=wants_weight)
+    num_bytes = sizes.held * vocabulary * dtype.itemsize
 
     assert 1 <= sizes.rows <= sizes.held <= max(num_tokens, 1)
-    assert sizes.rows <= 512
-    assert sizes.rows <= max(64, -(-num_tokens // 8))
-    assert sizes.held * vocabulary * dtype.itemsize <= 2**30 or sizes.held == sizes.rows
+    assert sizes.rows <= max(64, -(-num_tokens // 16))
+    if wants_weight:
+        assert num_bytes <= (2**31 if sizes.held == num_tokens else 2**30) or sizes.held == 1
+    else:
+        assert sizes.held == sizes.rows
+
+
+def test_many_tokens_are_divided_evenly():
+    for num_tokens in (8192, 8193, 12000, 16384, 16385):
+        held = chunk_sizes(num_tokens, 128256, torch.bfloat16, None).held
+        num_chunks = -(-num_tokens // held)
+
+        assert num_chunks * held - num_tokens < 128 * num_chunks
+
+
+def test_logits_may_lie_where_the_only_product_will_be_written():
+    result = torch.empty(V, H, dtype=torch.bfloat16)
+    spare = WeightSum(result, torch.float32, num_products=1).spare(torch.float32)
+
+    assert (spare.data_ptr(), spare.dtype) == (result.data_ptr(), torch.float32)
+    assert spare.nbytes <= result.nbytes
+    assert len(WeightSum(result, torch.float32, num_products=2).spare(torch.float32)) == 0
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 512, 4096, 10**6])
