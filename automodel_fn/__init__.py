@@ -46,6 +46,7 @@ from automodel_fn.errors import (
 from automodel_fn.nn import Float32RMSNorm, LMHead
 from automodel_fn.ops import (
     KernelChoice,
+    LMHeadLoss,
     LMHeadOutput,
     LogitsPath,
     RopeConfig,
@@ -53,6 +54,8 @@ from automodel_fn.ops import (
     WeightParts,
     apply_rope,
     lm_head_logits,
+    lm_head_loss,
+    lm_head_loss_kernel,
     logits_path,
     rms_norm_fp32,
     rms_norm_kernel,
@@ -104,6 +107,7 @@ __all__ = [
     "Float32RMSNorm",
     "KernelChoice",
     "LMHead",
+    "LMHeadLoss",
     "LMHeadOutput",
     "LogitsPath",
     "OtherRankError",
@@ -146,6 +150,8 @@ __all__ = [
     "invalidate",
     "is_tensor_unallocated",
     "lm_head_logits",
+    "lm_head_loss",
+    "lm_head_loss_kernel",
     "logits_path",
     "patch_te",
     "probe",

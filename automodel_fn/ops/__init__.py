@@ -4,6 +4,7 @@ from automodel_fn.ops._apply_rope import apply_rope
 from automodel_fn.ops._choice import KernelChoice
 from automodel_fn.ops._logits import LMHeadOutput, lm_head_logits
 from automodel_fn.ops._logits_product import LogitsPath, logits_path
+from automodel_fn.ops._loss import LMHeadLoss, lm_head_loss, lm_head_loss_kernel
 from automodel_fn.ops._rms_norm import rms_norm_fp32, rms_norm_kernel
 from automodel_fn.ops._rope import RopeConfig, rope_config
 from automodel_fn.ops._rope_eager import rope_kernel
@@ -13,6 +14,7 @@ from automodel_fn.ops._weight_parts import WeightParts, weight_parts
 
 __all__ = [
     "KernelChoice",
+    "LMHeadLoss",
     "LMHeadOutput",
     "LogitsPath",
     "RopeConfig",
@@ -20,6 +22,8 @@ __all__ = [
     "WeightParts",
     "apply_rope",
     "lm_head_logits",
+    "lm_head_loss",
+    "lm_head_loss_kernel",
     "logits_path",
     "rms_norm_fp32",
     "rms_norm_kernel",

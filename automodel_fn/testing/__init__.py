@@ -1,6 +1,8 @@
 """Strategies and laws for property tests of your own models; needs hypothesis."""
 
 from automodel_fn.errors import BackendUnavailableError
+from automodel_fn.testing._laws_loss import check_lm_head_loss
+from automodel_fn.testing._strategies_loss import lm_head_loss_arguments
 
 try:
     import hypothesis  # noqa: F401 # pyright: ignore[reportUnusedImport] - to say what is missing
@@ -58,6 +60,7 @@ __all__ = [
     "check_frozen_plan",
     "check_inverse",
     "check_lm_head_logits",
+    "check_lm_head_loss",
     "check_notes",
     "check_patch_passes_step",
     "check_patch_reversible",
@@ -75,6 +78,7 @@ __all__ = [
     "check_undo",
     "dtypes",
     "lm_head_arguments",
+    "lm_head_loss_arguments",
     "models",
     "norm_arguments",
     "pin_patterns",

@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from automodel_fn.ops._loss_products import PlainProducts, SplitProducts
+from automodel_fn.ops._loss_sums import WeightSum, product_dtype_of
+from automodel_fn.ops._loss_terms import chunk_sizes
+
+T, H, V = 6, 16, 37
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 37, 64])
+@pytest.mark.parametrize("num_products", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sum_of_products_is_rounded_once(num_rows, num_products, dtype):
+    torch.manual_seed(num_rows)
+    factors = [(torch.randn(num_rows, 4), torch.randn(4, 6)) for _ in range(num_products)]
+    result = torch.full((num_rows, 6), torch.nan, dtype=dtype)
+    total = WeightSum(result, torch.float32, num_products=num_products)
+    for left, right in factors:
+        for rows, target, is_begun in total.parts():
+            product = left[rows] @ right
+            target.copy_(target + product if is_begun else product)
+    expected = factors[0][0] @ factors[0][1]
+    for left, right in factors[1:]:
+        expected = expected + left @ right
+
+    assert total.result() is result
+    # A product of fewer rows may be summed in another order.
+    torch.testing.assert_close(
+        result, expected.to(dtype), rtol=0.01 if dtype != torch.float32 else 1e-5, atol=1e-5
+    )
+
+
+def test_half_of_the_sums_of_a_narrow_gradient_lie_in_its_own_memory():
+    result = torch.empty(V, H, dtype=torch.bfloat16)
+    (_, first, _), (_, rest, _) = WeightSum(result, torch.float32, num_products=2).parts()
+
+    assert first.data_ptr() == result.data_ptr()
+    assert first.dtype == rest.dtype == torch.float32
+    assert (len(first), len(rest)) == (V // 2, V - V // 2)
+    assert first.nbytes <= result.nbytes
+
+
+def test_a_sum_of_nothing_is_zero():
+    result = torch.full((V, H), torch.nan, dtype=torch.bfloat16)
+
+    assert not WeightSum(result, torch.float32, num_products=0).result().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_of_parts_are_those_of_float64(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(T, H).bfloat16(), torch.randn(V, H).to(dtype)
+    gradients = torch.randn(T, V)
+    rows = slice(1, 5)
+    products = SplitProducts(hidden, weight)
+    logits, of_hidden = torch.empty(4, V), torch.empty(4, H, dtype=torch.bfloat16)
+    total = WeightSum(torch.empty(V, H), torch.float32, num_products=2)
+    products.write_logits(rows, logits)
+    products.write_hidden_gradient(gradients[rows], of_hidden)
+    for _ in range(2):
+        products.add_weight_gradient(gradients[rows], rows, total)
+
+    wide, narrow, upstream = weight.double(), hidden.double()[rows], gradients.double()[rows]
+    assert products.gradient_dtype == torch.float32
+    torch.testing.assert_close(logits.double(), narrow @ wide.t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_hidden.double(), upstream @ wide, rtol=0.01, atol=1e-4)
+    expected = 2 * upstream.t() @ narrow
+    torch.testing.assert_close(total.result().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_operands_are_rounded_to_what_was_asked_for():
+    hidden, weight = torch.randn(T, H), torch.randn(V, H)
+    products = PlainProducts(hidden, weight, torch.bfloat16)
+    logits = torch.empty(T, V)
+    products.write_logits(slice(0, T), logits)
+    expected = hidden.bfloat16().float() @ weight.bfloat16().float().t()
+
+    torch.testing.assert_close(logits, expected)
+    assert products.gradient_dtype == torch.float32
+
+
+def test_a_gpu_multiplies_bfloat16_as_it_is_and_nothing_in_float16():
+    cuda = torch.device("cuda")
+
+    assert product_dtype_of(torch.bfloat16, cuda) == torch.bfloat16
+    assert product_dtype_of(torch.float16, cuda) == torch.float32
+    assert product_dtype_of(torch.float64, cuda) == torch.float64
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 500, 512, 4096, 5000, 8193, 100000])
+@pytest.mark.parametrize("vocabulary", [1, 32000, 128256, 10**9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wants_weight", [True, False])
+def test_what_is_held_is_bounded(num_tokens, vocabulary, dtype, wants_weight):
+    sizes = chunk_sizes(num_tokens, vocabulary, dtype, None, wants_weight=wants_weight)
+    num_bytes = sizes.held * vocabulary * dtype.itemsize
+
+    assert 1 <= sizes.rows <= sizes.held <= max(num_tokens, 1)
+    assert sizes.rows <= max(64, -(-num_tokens // 16))
+    if wants_weight:
+        assert num_bytes <= (2**31 if sizes.held == num_tokens else 2**30) or sizes.held == 1
+    else:
+        assert sizes.held == sizes.rows
+
+
+def test_many_tokens_are_divided_evenly():
+    for num_tokens in (8192, 8193, 12000, 16384, 16385):
+        held = chunk_sizes(num_tokens, 128256, torch.bfloat16, None).held
+        num_chunks = -(-num_tokens // held)
+
+        assert num_chunks * held - num_tokens < 128 * num_chunks
+
+
+def test_logits_may_lie_where_the_only_product_will_be_written():
+    result = torch.empty(V, H, dtype=torch.bfloat16)
+    spare = WeightSum(result, torch.float32, num_products=1).spare(torch.float32)
+
+    assert (spare.data_ptr(), spare.dtype) == (result.data_ptr(), torch.float32)
+    assert spare.nbytes <= result.nbytes
+    assert len(WeightSum(result, torch.float32, num_products=2).spare(torch.float32)) == 0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 512, 4096, 10**6])
+def test_the_chunk_that_was_asked_for_is_held(chunk_size):
+    sizes = chunk_sizes(4096, 128256, torch.bfloat16, chunk_size)
+
+    assert sizes.held == min(chunk_size, 4096)
