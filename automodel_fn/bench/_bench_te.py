@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,9 @@ def _measured(forward: Forward, is_te: bool, is_patched: bool, case: Case) -> Me
             for _ in range(case.parameter("rounds") + 3)
         ][3:]
         with contextlib.nullcontext() if config is None else config.autocast():
-            added = added_host(layer, inp) if is_patched else dict.fromkeys(_HOST)
+            added: Mapping[str, float | None] = (
+                added_host(layer, inp) if is_patched else dict.fromkeys(_HOST)
+            )
     finally:
         if handle is not None:
             handle.remove()
