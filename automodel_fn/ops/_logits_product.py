@@ -117,8 +117,9 @@ def logits_product(
 def _is_transformed(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False  # what asks cannot be traced
-    functorch: Any = torch._C._functorch
-    return any(functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+    native: Any = torch._C
+    is_wrapped = native._functorch.is_functorch_wrapped_tensor
+    return any(is_wrapped(tensor) for tensor in tensors)
 
 
 def _product_by_torch(
