@@ -7,7 +7,7 @@ from automodel_fn.ops._logits_product import LogitsPath, logits_path
 from automodel_fn.ops._loss import LMHeadLoss, lm_head_loss, lm_head_loss_kernel
 from automodel_fn.ops._rms_norm import rms_norm_fp32, rms_norm_kernel
 from automodel_fn.ops._rope import RopeConfig, rope_config
-from automodel_fn.ops._rope_eager import rope_kernel
+from automodel_fn.ops._rope_kernel import rope_kernel
 from automodel_fn.ops._rope_tables import RopeTables, rope_tables
 from automodel_fn.ops._swiglu import swiglu, swiglu_kernel
 from automodel_fn.ops._weight_parts import WeightParts, weight_parts

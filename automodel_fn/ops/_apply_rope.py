@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from automodel_fn.ops._choice import is_exporting, is_plain, is_watched
+from automodel_fn.ops._choice import is_exporting
 from automodel_fn.ops._rope_demands import demand_fitting
 from automodel_fn.ops._rope_eager import rotated
 from automodel_fn.ops._rope_operator import rope_operator
@@ -87,8 +87,6 @@ def apply_rope(
         return rope_operator(q, k, cos, sin, ids, *rotation)
     if is_exporting() or torch._C._are_functorch_transforms_active():
         return rotated_by_torch(q, k, cos, sin, ids, rotation)
-    if is_watched() or not is_plain(q) or not is_plain(k):
-        return rope_operator(q, k, cos, sin, ids, *rotation)
     return rotated(q, k, cos, sin, ids, rotation)
 
 

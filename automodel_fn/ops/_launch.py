@@ -108,11 +108,12 @@ class Launcher:
         key: list[Any] = [index, constants, num_warps, num_stages]
         passed: list[Any] = []
         for value in arguments:
-            if isinstance(value, Tensor):
+            # First what is quick to ask: isinstance of a Tensor goes through its metaclass.
+            if type(value) is int:
+                key.append((value == 1) + 2 * (value % 16 == 0) + 4 * (-_INT32 <= value < _INT32))
+            elif isinstance(value, Tensor):
                 value, dtype = value.data_ptr(), value.dtype
                 key += (dtype, value % 16 == 0)
-            elif type(value) is int:
-                key.append((value == 1) + 2 * (value % 16 == 0) + 4 * (-_INT32 <= value < _INT32))
             else:
                 key.append(type(value))
             passed.append(value)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from automodel_fn.ops._rope_eager import rotated_by_kernel
+from automodel_fn.ops._rope_kernel import rotated_by_kernel
 from automodel_fn.ops._rope_rotation import DIMENSIONS, Rotation
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
@@ -236,6 +237,25 @@ def test_it_can_be_mapped_and_differentiated_by_torch_func(heads):
         lambda q: apply_rope(q, heads[1], cos, sin)[0], heads[:1], heads[:1]
     )
     assert same([value, slope], [expected[0], expected[0]])
+
+
+def test_whoever_looks_at_operators_sees_one_forward_and_one_backward(heads):
+    seen = []
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    leaves = [x.requires_grad_() for x in heads]
+    unseen = apply_rope(*leaves, *tables(S, D // 2))
+    with Looking():
+        found = apply_rope(*leaves, *tables(S, D // 2))
+        assert seen.count("automodel_fn.apply_rope.default") == 1
+        gradients = [torch.autograd.grad(both, leaves, heads) for both in (found, unseen)]
+    assert seen.count("automodel_fn.apply_rope.default") == 3
+    assert same(found, unseen)
+    assert same(*gradients)
 
 
 def test_the_choice_of_the_kernel_says_why(heads):
