@@ -29,6 +29,57 @@ def _capped(x, softcap):
 
 
 @triton.jit
+def _logits_at(
+    logits,
+    bias,
+    softcap,
+    at,
+    mask,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Logits with their terms, and what those multiply the gradient by."""
+    x = tl.load(logits + at, mask=mask, other=float("-inf"))
+    slope = 1.0
+    if HAS_BIAS:
+        x += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        tanh = _capped(x, softcap)
+        x = tl.where(mask, softcap * tanh, float("-inf"))
+        slope = 1.0 - tanh * tanh
+    return x, slope
+
+
+@triton.jit
+def _sums(
+    logits,
+    bias,
+    softcap,
+    VOCABULARY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The logsumexp of a row, and the mean of its logits where that is asked for."""
+    # Each lane has its own maximum, so that no block waits for another thread's.
+    most = tl.full([BLOCK], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    plain = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, VOCABULARY, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x, _ = _logits_at(logits, bias, softcap, at, at < VOCABULARY, HAS_BIAS, HAS_SOFTCAP)
+        if HAS_SMOOTHING:
+            plain += tl.where(at < VOCABULARY, x, 0.0)
+        higher = tl.maximum(most, x)
+        total = total * tl.exp(most - higher) + tl.exp(x - higher)
+        most = higher
+    highest = tl.max(most, 0)
+    lse = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
+    return lse, tl.sum(plain, 0) / VOCABULARY
+
+
+@triton.jit
 def _token_losses(
     logits,
     labels,
@@ -55,68 +106,35 @@ def _token_losses(
     logits += row * logits_stride
     gradients += row * gradients_stride
     label = tl.load(labels + row)
-    lanes = tl.arange(0, BLOCK)
-    if label == ignore_index:
-        tl.store(losses + row, 0.0)
-        tl.store(z_losses + row, 0.0)
-        if WANTS_GRADIENTS:
-            for start in range(0, VOCABULARY, BLOCK):
-                at = start + lanes
-                zeros = tl.zeros([BLOCK], gradients.dtype.element_ty)
-                tl.store(gradients + at, zeros, mask=at < VOCABULARY)
-        return
+    counts = label != ignore_index
     is_label = (label >= 0) & (label < VOCABULARY)
-    # Each lane has its own maximum, so that no block waits for another thread's.
-    most = tl.full([BLOCK], -3.0e38, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    plain = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCABULARY, BLOCK):
-        at = start + lanes
-        x = tl.load(logits + at, mask=at < VOCABULARY, other=float("-inf"))
-        if HAS_BIAS:
-            x += tl.load(bias + at, mask=at < VOCABULARY, other=0.0).to(tl.float32)
-        if HAS_SOFTCAP:
-            x = tl.where(at < VOCABULARY, softcap * _capped(x, softcap), float("-inf"))
+    lse, loss, factor = 0.0, 0.0, 0.0
+    if counts:
+        lse, mean = _sums(
+            logits, bias, softcap, VOCABULARY, HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
+        )
+        picked, _ = _logits_at(logits, bias, softcap, label, is_label, HAS_BIAS, HAS_SOFTCAP)
+        loss = (1.0 - smoothing) * (lse - picked) + z_loss * lse * lse
         if HAS_SMOOTHING:
-            plain += tl.where(at < VOCABULARY, x, 0.0)
-        higher = tl.maximum(most, x)
-        total = total * tl.exp(most - higher) + tl.exp(x - higher)
-        most = higher
-    highest = tl.max(most, 0)
-    lse = highest + tl.log(tl.sum(total * tl.exp(most - highest), 0))
-    picked = tl.load(logits + label, mask=is_label, other=float("nan"))
-    if HAS_BIAS:
-        picked += tl.load(bias + label, mask=is_label, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        picked = softcap * _capped(picked, softcap)
-    loss = (1.0 - smoothing) * (lse - picked)
-    if HAS_SMOOTHING:
-        loss += smoothing * (lse - tl.sum(plain, 0) / VOCABULARY)
-    of_z = z_loss * lse * lse
-    tl.store(losses + row, loss + of_z)
-    tl.store(z_losses + row, of_z)
+            loss += smoothing * (lse - mean)
+        loss = tl.where(is_label, loss, float("nan"))
+        factor = tl.where(is_label, tl.load(scale + row * scale_stride), float("nan"))
+    tl.store(losses + row, loss)
+    tl.store(z_losses + row, z_loss * lse * lse)
     if WANTS_GRADIENTS:
-        factor = tl.load(scale + row * scale_stride).to(tl.float32)
-        factor = tl.where(is_label, factor, float("nan"))
-        of_softmax = 1.0 + 2.0 * z_loss * lse
         # Backwards: what was read last may still be in the cache.
         last = (VOCABULARY - 1) // BLOCK
         for block in range(0, last + 1):
-            at = (last - block) * BLOCK + lanes
-            x = tl.load(logits + at, mask=at < VOCABULARY, other=float("-inf"))
-            if HAS_BIAS:
-                x += tl.load(bias + at, mask=at < VOCABULARY, other=0.0).to(tl.float32)
-            slope = factor
-            if HAS_SOFTCAP:
-                tanh = _capped(x, softcap)
-                x = softcap * tanh
-                slope = factor * (1.0 - tanh * tanh)
-            found = tl.exp(x - lse) * of_softmax
+            at = (last - block) * BLOCK + tl.arange(0, BLOCK)
+            # Of a token that is ignored nothing is read.
+            mask = (at < VOCABULARY) & counts
+            x, slope = _logits_at(logits, bias, softcap, at, mask, HAS_BIAS, HAS_SOFTCAP)
+            found = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse)
             if HAS_SMOOTHING:
                 found -= smoothing / VOCABULARY
             found -= tl.where(at == label, 1.0 - smoothing, 0.0)
-            found = (found * slope).to(gradients.dtype.element_ty)
-            tl.store(gradients + at, found, mask=at < VOCABULARY)
+            found = tl.where(counts, found * slope * factor, 0.0)
+            tl.store(gradients + at, found.to(gradients.dtype.element_ty), mask=at < VOCABULARY)
 
 
 @triton.jit

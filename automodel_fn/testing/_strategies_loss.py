@@ -20,8 +20,9 @@ def lm_head_loss_arguments(draw: st.DrawFn) -> dict[str, Any]:
 
     Example:
         >>> from hypothesis import find
-        >>> find(lm_head_loss_arguments(), lambda found: found["shift"])["reduction"]
-        'mean'
+        >>> found = find(lm_head_loss_arguments(), lambda found: found["shift"])
+        >>> found["shift"], found["hidden_states"].shape[-1] == found["weight"].shape[1]
+        (True, True)
     """
     dtype = draw(st.sampled_from(CASTABLE))
     hidden, vocabulary = draw(st.integers(1, 6)), draw(st.integers(1, 9))

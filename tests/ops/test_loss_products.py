@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from automodel_fn.ops import _loss_products
+from automodel_fn.ops._loss_chunks import LossInputs, Wanted, chunked_loss
 from automodel_fn.ops._loss_products import PlainProducts, SplitProducts
+from automodel_fn.ops._loss_reference import lm_head_loss_reference
 from automodel_fn.ops._loss_sums import WeightSum, product_dtype_of
-from automodel_fn.ops._loss_terms import chunk_sizes
+from automodel_fn.ops._loss_terms import LossTerms, chunk_sizes
 
 T, H, V = 6, 16, 37
 
@@ -126,3 +129,26 @@ def test_the_chunk_that_was_asked_for_is_held(chunk_size):
     sizes = chunk_sizes(4096, 128256, torch.bfloat16, chunk_size)
 
     assert sizes.held == min(chunk_size, 4096)
+
+
+@pytest.mark.parametrize("vocabulary", [V, 128])
+@pytest.mark.parametrize("width", [4, 64, 1024])
+def test_logits_in_the_memory_of_the_gradient_change_nothing(monkeypatch, vocabulary, width):
+    # As on a GPU: gradients of logits are narrower than logits.
+    monkeypatch.setattr(_loss_products, "product_dtype_of", lambda dtype, device: dtype)
+    torch.manual_seed(0)
+    hidden = torch.randn(100, width).bfloat16() / width**0.5
+    weight, labels = torch.randn(vocabulary, width).bfloat16(), torch.randint(0, vocabulary, (100,))
+    scale = torch.tensor(0.01)
+    inputs = LossInputs(hidden, weight=weight, bias=None, labels=labels, scale=scale)
+    terms = LossTerms(ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None)
+    wanted = Wanted(True, weight=True, bias=False)
+    found = chunked_loss(inputs, terms, wanted, operand_dtype=torch.bfloat16)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    loss = lm_head_loss_reference(*exact, labels)
+    loss.backward()
+
+    # Logits that a CPU multiplies in bfloat16 are rounded to it.
+    torch.testing.assert_close(found.losses.double().mean(), loss.detach(), rtol=0.01, atol=0)
+    for ours, theirs in zip((found.of_hidden, found.of_weight), exact, strict=True):
+        assert (ours.double() - theirs.grad).norm() < 0.02 * theirs.grad.norm()
