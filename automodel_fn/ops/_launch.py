@@ -91,7 +91,7 @@ class Launcher:
         first: Any = arguments[0]
         index = first.get_device()
         # A device of -1 is the CPU, where Triton interprets.
-        if index >= 0 and index != torch.cuda.current_device():
+        if index >= 0 and index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return self._launch(index, grid, arguments, constants, num_warps, num_stages)
         return self._launch(index, grid, arguments, constants, num_warps, num_stages)
@@ -113,7 +113,8 @@ class Launcher:
                 key.append((value == 1) + 2 * (value % 16 == 0) + 4 * (-_INT32 <= value < _INT32))
             elif isinstance(value, Tensor):
                 value, dtype = value.data_ptr(), value.dtype
-                key += (dtype, value % 16 == 0)
+                key.append(dtype)
+                key.append(value % 16 == 0)
             else:
                 key.append(type(value))
             passed.append(value)

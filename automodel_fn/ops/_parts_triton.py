@@ -11,7 +11,7 @@ from torch import Tensor
 
 from automodel_fn.ops._launch import Launcher
 
-_ROWS, _BLOCK = 64, 32
+_ROWS, _BLOCK, _WARPS = 128, 16, 4
 
 
 @triton.jit
@@ -41,4 +41,4 @@ def add_up(parts: Tensor, total: Tensor) -> None:
     """Fill `total` `[H]` with the sum of `parts` `[num_parts, H]`, added in float32."""
     num_parts, length = parts.shape
     grid = (triton.cdiv(length, _BLOCK), 1, 1)
-    _launch_sum(grid, (parts, total, num_parts), (length, _ROWS, _BLOCK), num_warps=4)
+    _launch_sum(grid, (parts, total, num_parts), (length, _ROWS, _BLOCK), num_warps=_WARPS)

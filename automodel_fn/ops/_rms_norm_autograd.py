@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,15 +44,27 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
         >>> needs_gradients(torch.ones(2), torch.ones(2, requires_grad=True), None)
         True
     """
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    # A generator would cost more than all that it looks at.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+@cache
+def _kernels() -> Any:
+    # Found once: an import costs the host more in each call than all of our checks.
+    from automodel_fn.ops import _rms_norm_triton
+
+    return _rms_norm_triton
 
 
 def _triton_forward(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, rounds_first: bool
 ) -> Output:
-    from automodel_fn.ops._rms_norm_triton import forward
-
-    y, total = forward(x, residual, weight, eps, rounds_first)
+    y, total = _kernels().forward(x, residual, weight, eps, rounds_first)
     return y if total is None else (y, total)
 
 
@@ -76,15 +89,15 @@ class _ByTriton(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Any, ...]:
-        from automodel_fn.ops._rms_norm_triton import backward
-
         dy, dsum = grad_outputs if len(grad_outputs) == 2 else (*grad_outputs, None)
         x, weight = ctx.saved_tensors
         eps, rounds_first, residual_dtype = ctx.options
         dx, dweight = dsum, None
         if dy is not None:
             of_weight = ctx.needs_input_grad[1]
-            dx, dweight = backward(x, weight, dy, dsum, eps, rounds_first, of_weight=of_weight)
+            dx, dweight = _kernels().backward(
+                x, weight, dy, dsum, eps, rounds_first, of_weight=of_weight
+            )
         dresidual = None
         if dx is not None and residual_dtype is not None:
             dresidual = dx.to(residual_dtype)

@@ -130,12 +130,14 @@ class Tile:
     Args:
         rows: Their number, a power of 2.
         block: The hidden size, rounded up to a power of 2.
-        num_warps: Warps that share it.
+        forward_warps: Warps that share it in the forward pass.
+        num_warps: Warps that share it in the backward pass.
         programs: How many programs of the backward pass a multiprocessor has room for.
     """
 
     rows: int
     block: int = attrs.field(kw_only=True)
+    forward_warps: int = attrs.field(kw_only=True)
     num_warps: int = attrs.field(kw_only=True)
     programs: int = attrs.field(kw_only=True)
 
@@ -150,7 +152,11 @@ def tile_for(hidden: int) -> Tile:
     block = triton.next_power_of_2(hidden)
     num_warps = min(32, max(8, block // 512))
     return Tile(
-        max(1, 4096 // block), block=block, num_warps=num_warps, programs=max(1, 16 // num_warps)
+        max(1, 4096 // block),
+        block=block,
+        forward_warps=max(8, block // 1024),
+        num_warps=num_warps,
+        programs=max(1, 16 // num_warps),
     )
 
 
@@ -173,7 +179,7 @@ def forward(
     tile = tile_for(hidden)
     grid = (triton.cdiv(num_rows, tile.rows), 1, 1)
     constants = (hidden, tile.rows, tile.block, rounds_first)
-    _launch_forward(grid, arguments, constants, num_warps=tile.num_warps)
+    _launch_forward(grid, arguments, constants, num_warps=tile.forward_warps)
     return y, total
 
 
