@@ -1,0 +1,99 @@
+"""The benchmark "ops": each op beside its peers, by device time, host time, memory and error."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import partial
+
+from automodel_fn.bench._ops_measure import measured_op
+from automodel_fn.bench._ops_norm import NORM, NORM_ON_CPU
+from automodel_fn.bench._ops_spec import CEILING, LIGER, OURS, QUACK, TE, TORCH
+from automodel_fn.bench._spec import Benchmark, Case, Measure, Measured, Subject
+
+OPS = (NORM, NORM_ON_CPU)
+_OF_CASE = {(case.device, case.name): op for op in OPS for case in op.cases}
+
+
+def _together(case: Case, names: Sequence[str]) -> dict[str, Measured]:
+    return measured_op(_OF_CASE[case.device, case.name], case, names)
+
+
+def _subject(name: str, description: str, module: str = "", package: str = "") -> Subject:
+    cases = (case.name for op in OPS for case in op.cases if name in (*op.ways, CEILING))
+    return Subject(
+        name,
+        description=description,
+        load=partial(importlib.import_module, module) if module else lambda: None,
+        package=package,
+        cases=tuple(dict.fromkeys(cases)),
+    )
+
+
+def _measures(prefix: str, words: str) -> tuple[Measure, ...]:
+    return (
+        _measure(f"{prefix}_us", "us", f"{words}, time on the device"),
+        Measure(
+            f"{prefix}_percent",
+            unit="%",
+            description=f"{words}, of the ceiling's speed",
+            lower_is_better=False,
+            is_drawn=True,
+            is_compared=False,
+        ),
+        _measure(
+            f"{prefix}_host_us",
+            "us",
+            f"{words}, time until the call has returned; on a CPU there is no other time",
+        ),
+    )
+
+
+def _measure(name: str, unit: str, description: str) -> Measure:
+    return Measure(name, unit=unit, description=description, is_compared=False)
+
+
+BENCHMARK = Benchmark(
+    "ops",
+    description="Compute each op, forward, and forward with backward, beside its peers.",
+    measures=(
+        *_measures("forward", "forward"),
+        *_measures("forward_backward", "forward and backward"),
+        _measure(
+            "error_relative",
+            "",
+            "distance of the outputs from float64 by the norm of these; the largest of them",
+        ),
+        _measure("gradient_error_relative", "", "the same of the gradients"),
+        _measure(
+            "extra_peak_mib",
+            "MiB",
+            "peak memory of forward and backward over that of the inputs, outputs and gradients "
+            "included; on a GPU only",
+        ),
+    ),
+    cases=tuple(case for op in OPS for case in op.cases),
+    subjects=(
+        _subject(OURS, "rms_norm_fp32"),
+        _subject(TORCH, "nn.RMSNorm"),
+        _subject(TE, "te.RMSNorm", "transformer_engine.pytorch", "transformer-engine"),
+        _subject(LIGER, "LigerRMSNorm", "liger_kernel.transformers", "liger-kernel"),
+        _subject(QUACK, "quack.rmsnorm", "quack", "quack-kernels"),
+        _subject(CEILING, "a copy kernel over as many bytes as the case says"),
+    ),
+    ours=OURS,
+    conditions=(
+        "all subjects of a case take turns in one process, which serves all cases of an op; the "
+        "order turns from round to round",
+        "device time: the median over the turns of a CUDA graph of as many calls as read and write "
+        "2 GB, by events, the device busy before the first; inputs and outputs of a graph rotate "
+        "over more than three times the L2 cache",
+        "a call that waits for the device cannot be in a graph: then Python makes the same calls, "
+        "and the facts is_forward_by_graph and is_forward_backward_by_graph are 0",
+        "host time: the median of single calls without a graph, the device idle before each",
+        "on a CPU: the median of single calls",
+        "a forward keeps what its backward needs",
+        "warm-up: every call once before it is timed; the garbage collector is paused",
+    ),
+    together=_together,
+)
