@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from automodel_fn.bench._ops_measure import measured_op
-from automodel_fn.bench._ops_norm import NORM, NORM_ON_CPU
+from automodel_fn.bench._ops_norm import ADDED_NORM, NORM, NORM_ON_CPU
+from automodel_fn.bench._ops_rope import ROPE
 from automodel_fn.bench._ops_spec import CEILING, LIGER, OURS, QUACK, TE, TORCH
+from automodel_fn.bench._ops_swiglu import SWIGLU, SWIGLU_ON_CPU
 from automodel_fn.bench._spec import Benchmark, Case, Measure, Measured, Subject
 
-OPS = (NORM, NORM_ON_CPU)
+OPS = (NORM, ADDED_NORM, SWIGLU, ROPE, NORM_ON_CPU, SWIGLU_ON_CPU)
 _OF_CASE = {(case.device, case.name): op for op in OPS for case in op.cases}
 
 
@@ -74,11 +76,25 @@ BENCHMARK = Benchmark(
     ),
     cases=tuple(case for op in OPS for case in op.cases),
     subjects=(
-        _subject(OURS, "rms_norm_fp32"),
-        _subject(TORCH, "nn.RMSNorm"),
-        _subject(TE, "te.RMSNorm", "transformer_engine.pytorch", "transformer-engine"),
-        _subject(LIGER, "LigerRMSNorm", "liger_kernel.transformers", "liger-kernel"),
-        _subject(QUACK, "quack.rmsnorm", "quack", "quack-kernels"),
+        _subject(OURS, "rms_norm_fp32, with residual=; swiglu; apply_rope with float32 tables"),
+        _subject(
+            TORCH,
+            "nn.RMSNorm, after an addition; silu(gate) * up; Hugging Face's apply_rotary_pos_emb",
+        ),
+        _subject(
+            TE,
+            "te.RMSNorm, after an addition; apply_rotary_pos_emb(fused=True) for q and for k",
+            "transformer_engine.pytorch",
+            "transformer-engine",
+        ),
+        _subject(
+            LIGER,
+            "LigerRMSNorm; LigerFusedAddRMSNorm; liger_swiglu; liger_rotary_pos_emb, which writes "
+            "into its inputs",
+            "liger_kernel.transformers",
+            "liger-kernel",
+        ),
+        _subject(QUACK, "rmsnorm, with residual=", "quack", "quack-kernels"),
         _subject(CEILING, "a copy kernel over as many bytes as the case says"),
     ),
     ours=OURS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -26,6 +26,7 @@ from automodel_fn.bench._spec import Case, Measured
 _CACHES = 3
 _CPU_SETS = 2
 _FORWARD, _BOTH = "forward", "forward_backward"
+Tensors = tuple[Tensor, ...]
 
 
 @attrs.frozen
@@ -73,8 +74,12 @@ def _input_sets(op: Op, case: Case) -> tuple[Inputs, ...]:
     if case.device == "cuda":
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         num_sets = -(-_CACHES * cache // case.parameter("forward_bytes"))
-    generator = torch.Generator(case.device).manual_seed(0)
+    generator = _generator(case)
     return tuple(op.inputs(case, generator) for _ in range(num_sets))
+
+
+def _generator(case: Case) -> torch.Generator:
+    return torch.Generator(case.device).manual_seed(0)
 
 
 def _subjects_alone(
@@ -90,9 +95,8 @@ def _subjects_alone(
             subjects[name] = op.ceiling(case, len(sets))
             continue
         try:
-            made = _made_ready(op.ways[name], sets)
-            alone[name] = _errors(made, sets[0], exact) | _peak(case, made)
-            subjects[name] = made
+            alone[name] = _alone(op.ways[name], op.inputs(case, _generator(case)), case, exact)
+            subjects[name] = _made_ready(op.ways[name], sets)
         except Exception as error:
             if name == OURS:
                 raise
@@ -106,29 +110,33 @@ def _made_ready(prepare: Prepare, sets: Iterable[Inputs]) -> Prepared:
     forwards = [(prepare(*inputs.tensors), inputs) for inputs in sets]
     return Prepared(
         tuple(forward for forward, _ in forwards),
-        both=tuple(_with_backward(forward, inputs, inputs.grads) for forward, inputs in forwards),
+        both=tuple(_with_backward(forward, inputs) for forward, inputs in forwards),
     )
 
 
-def _with_backward(forward: Call, inputs: Inputs, grads: Sequence[Tensor]) -> Call:
+def _with_backward(forward: Call, inputs: Inputs) -> Callable[[], tuple[Tensors, Tensors]]:
     differentiated = inputs.differentiated
 
-    def both() -> tuple[object, ...]:
+    def both() -> tuple[Tensors, Tensors]:
         outputs = as_tuple(forward())
-        return outputs, torch.autograd.grad(outputs, differentiated, grads)
+        return outputs, torch.autograd.grad(outputs, differentiated, inputs.grads)
 
     return both
 
 
-def _errors(subject: Prepared, inputs: Inputs, exact: Exact) -> dict[str, float | None]:
-    # Copies of the gradients, since there are peers that write into those they are given.
-    grads = [grad.clone() for grad in inputs.grads]
-    outputs = as_tuple(subject.forwards[0]())
-    gradients = torch.autograd.grad(outputs, inputs.differentiated, grads)
-    return {
+def _alone(prepare: Prepare, inputs: Inputs, case: Case, exact: Exact) -> dict[str, float | None]:
+    """Errors and peak memory, of inputs of its own: there are peers that write into theirs."""
+    both = _with_backward(prepare(*inputs.tensors), inputs)
+    outputs, gradients = both()
+    errors = {
         "error_relative": _relative_error(outputs, exact.outputs),
         "gradient_error_relative": _relative_error(gradients, exact.gradients),
     }
+    del outputs, gradients
+    if case.device == "cpu":
+        return {**errors, "extra_peak_mib": None}  # what was freed before may still be resident
+    _, seen = observed(both, case.device)
+    return {**errors, "extra_peak_mib": seen.peak_mib}
 
 
 def _relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
@@ -140,13 +148,6 @@ def _norms(found: Iterable[Tensor], exact: Iterable[Tensor]) -> Iterator[float]:
         assert mine.shape == reference.shape
         difference = torch.linalg.vector_norm(mine.detach().double() - reference)
         yield float(difference / torch.linalg.vector_norm(reference))
-
-
-def _peak(case: Case, subject: Prepared) -> dict[str, float | None]:
-    if case.device == "cpu":
-        return {"extra_peak_mib": None}  # what an earlier subject freed may still be resident
-    _, seen = observed(subject.both[0], case.device)
-    return {"extra_peak_mib": seen.peak_mib}
 
 
 def _times(case: Case, num_bytes: int, calls: Mapping[str, Sequence[Call]]) -> dict[str, _Time]:

@@ -84,6 +84,12 @@ class Op:
     ceiling: Callable[[Case, int], Prepared] = attrs.field(kw_only=True)
 
 
+def random_tensor(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
+    """Normally distributed, on the case's device; in bf16 or, if its "is_bf16" is 0, in float32."""
+    dtype = torch.bfloat16 if case.parameter("is_bf16") else torch.float32
+    return torch.randn(shape, generator=generator, device=case.device, dtype=dtype)
+
+
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     """One output or several as a tuple."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
