@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from automodel_fn.bench._ops_loss import LOSS, LOSS_ON_CPU, torchs_chunked
 from automodel_fn.bench._ops_measure import measured_op
 from automodel_fn.bench._ops_norm import ADDED_NORM, NORM, NORM_ON_CPU
 from automodel_fn.bench._ops_rope import ROPE
-from automodel_fn.bench._ops_spec import CEILING, LIGER, OURS, QUACK, TE, TORCH
+from automodel_fn.bench._ops_spec import (
+    CEILING,
+    LIGER,
+    OURS,
+    QUACK,
+    TE,
+    TORCH,
+    TORCH_CHUNKED,
+)
 from automodel_fn.bench._ops_swiglu import SWIGLU, SWIGLU_ON_CPU
 from automodel_fn.bench._spec import Benchmark, Case, Measure, Measured, Subject
 
-OPS = (NORM, ADDED_NORM, SWIGLU, ROPE, NORM_ON_CPU, SWIGLU_ON_CPU)
+OPS = (NORM, ADDED_NORM, SWIGLU, ROPE, LOSS, NORM_ON_CPU, SWIGLU_ON_CPU, LOSS_ON_CPU)
 _OF_CASE = {(case.device, case.name): op for op in OPS for case in op.cases}
 
 
@@ -21,12 +30,27 @@ def _together(case: Case, names: Sequence[str]) -> dict[str, Measured]:
     return measured_op(_OF_CASE[case.device, case.name], case, names)
 
 
-def _subject(name: str, description: str, module: str = "", package: str = "") -> Subject:
+def _subject(
+    name: str,
+    description: str,
+    load: Callable[[], object] | str = "",
+    package: str = "",
+) -> Subject:
+    """A subject, for the cases of those ops that know a way of its name.
+
+    Args:
+        name: The name.
+        description: What it calls for each op.
+        load: See Subject; or the module that it needs.
+        package: See Subject.
+    """
     cases = (case.name for op in OPS for case in op.cases if name in (*op.ways, CEILING))
+    if isinstance(load, str):
+        load = partial(importlib.import_module, load or "torch")
     return Subject(
         name,
         description=description,
-        load=partial(importlib.import_module, module) if module else lambda: None,
+        load=load,
         package=package,
         cases=tuple(dict.fromkeys(cases)),
     )
@@ -76,26 +100,37 @@ BENCHMARK = Benchmark(
     ),
     cases=tuple(case for op in OPS for case in op.cases),
     subjects=(
-        _subject(OURS, "rms_norm_fp32, with residual=; swiglu; apply_rope with float32 tables"),
+        _subject(
+            OURS,
+            "rms_norm_fp32, also with residual=; swiglu; apply_rope, tables in float32; "
+            "lm_head_loss",
+        ),
         _subject(
             TORCH,
-            "nn.RMSNorm, after an addition; silu(gate) * up; Hugging Face's apply_rotary_pos_emb",
+            "nn.RMSNorm, also after an addition; silu(gate) * up; apply_rotary_pos_emb of "
+            "transformers; cross_entropy of the logits made float32",
+        ),
+        _subject(
+            TORCH_CHUNKED,
+            "linear_cross_entropy with LinearCrossEntropyOptions()",
+            load=torchs_chunked,
+            package="torch",
         ),
         _subject(
             TE,
-            "te.RMSNorm, after an addition; apply_rotary_pos_emb(fused=True) for q and for k",
-            "transformer_engine.pytorch",
-            "transformer-engine",
+            "te.RMSNorm, also after an addition; apply_rotary_pos_emb(fused=True), q and k apart",
+            load="transformer_engine.pytorch",
+            package="transformer-engine",
         ),
         _subject(
             LIGER,
-            "LigerRMSNorm; LigerFusedAddRMSNorm; liger_swiglu; liger_rotary_pos_emb, which writes "
-            "into its inputs",
-            "liger_kernel.transformers",
-            "liger-kernel",
+            "LigerRMSNorm, LigerFusedAddRMSNorm; liger_swiglu; liger_rotary_pos_emb, which writes "
+            "into q and k; LigerFusedLinearCrossEntropyLoss; all by their defaults",
+            load="liger_kernel.transformers",
+            package="liger-kernel",
         ),
-        _subject(QUACK, "rmsnorm, with residual=", "quack", "quack-kernels"),
-        _subject(CEILING, "a copy kernel over as many bytes as the case says"),
+        _subject(QUACK, "rmsnorm, also with residual=", load="quack", package="quack-kernels"),
+        _subject(CEILING, "what the case names: a copy kernel over as many bytes, or products"),
     ),
     ours=OURS,
     conditions=(

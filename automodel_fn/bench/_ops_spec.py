@@ -13,7 +13,7 @@ from automodel_fn.bench._device_time import Call
 from automodel_fn.bench._spec import Case
 
 OURS, TORCH, TE, LIGER, QUACK = "automodel_fn", "torch", "Transformer Engine", "Liger", "quack"
-CEILING = "ceiling"
+TORCH_CHUNKED, CEILING = "torch, chunked", "ceiling"
 
 
 @attrs.frozen(eq=False)
