@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from automodel_fn.bench._ops_head import HEAD
 from automodel_fn.bench._ops_loss import LOSS, LOSS_ON_CPU, torchs_chunked
 from automodel_fn.bench._ops_measure import measured_op
 from automodel_fn.bench._ops_norm import ADDED_NORM, NORM, NORM_ON_CPU
@@ -14,15 +15,19 @@ from automodel_fn.bench._ops_spec import (
     CEILING,
     LIGER,
     OURS,
+    OURS_BF16,
+    OURS_SPLIT,
     QUACK,
     TE,
     TORCH,
+    TORCH_BF16,
     TORCH_CHUNKED,
+    TORCH_TF32,
 )
 from automodel_fn.bench._ops_swiglu import SWIGLU, SWIGLU_ON_CPU
 from automodel_fn.bench._spec import Benchmark, Case, Measure, Measured, Subject
 
-OPS = (NORM, ADDED_NORM, SWIGLU, ROPE, LOSS, NORM_ON_CPU, SWIGLU_ON_CPU, LOSS_ON_CPU)
+OPS = (NORM, ADDED_NORM, SWIGLU, ROPE, HEAD, LOSS, NORM_ON_CPU, SWIGLU_ON_CPU, LOSS_ON_CPU)
 _OF_CASE = {(case.device, case.name): op for op in OPS for case in op.cases}
 
 
@@ -103,13 +108,17 @@ BENCHMARK = Benchmark(
         _subject(
             OURS,
             "rms_norm_fp32, also with residual=; swiglu; apply_rope, tables in float32; "
-            "lm_head_loss",
+            "lm_head_logits in bf16x3, the parts of the weight made before; lm_head_loss",
         ),
+        _subject(OURS_SPLIT, "lm_head_logits in bf16x3"),
+        _subject(OURS_BF16, "lm_head_logits in bf16"),
         _subject(
             TORCH,
             "nn.RMSNorm, also after an addition; silu(gate) * up; apply_rotary_pos_emb of "
-            "transformers; cross_entropy of the logits made float32",
+            "transformers; linear in float32; cross_entropy of bf16 logits made float32",
         ),
+        _subject(TORCH_TF32, "linear in float32, TF32 allowed"),
+        _subject(TORCH_BF16, "linear in bf16, the weight rounded in the call"),
         _subject(
             TORCH_CHUNKED,
             "linear_cross_entropy with LinearCrossEntropyOptions()",

@@ -98,7 +98,7 @@ def _subjects_alone(
             alone[name] = _alone(op.ways[name], op.inputs(case, _generator(case)), case, exact)
             subjects[name] = _made_ready(op.ways[name], sets)
         except Exception as error:
-            if name == OURS:
+            if name.startswith(OURS):
                 raise
             problems[name] = Measured((), problem=f"it raised {type(error).__name__}: {error}")
     del exact

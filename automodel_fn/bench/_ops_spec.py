@@ -13,7 +13,9 @@ from automodel_fn.bench._device_time import Call
 from automodel_fn.bench._spec import Case
 
 OURS, TORCH, TE, LIGER, QUACK = "automodel_fn", "torch", "Transformer Engine", "Liger", "quack"
-TORCH_CHUNKED, CEILING = "torch, chunked", "ceiling"
+OURS_SPLIT, OURS_BF16 = f"{OURS}, split in the call", f"{OURS}, bf16"
+TORCH_CHUNKED, TORCH_TF32, TORCH_BF16 = (f"{TORCH}, {how}" for how in ("chunked", "TF32", "bf16"))
+CEILING = "ceiling"
 
 
 @attrs.frozen(eq=False)
