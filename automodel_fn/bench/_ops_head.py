@@ -49,7 +49,7 @@ def _case(tokens: int, hidden: int, vocabulary: int, group: str = FULL) -> Case:
             "forward_backward_bytes": 3 * (operands + logits),
         },
         # Parts of the weight, and of each of seven subjects the logits and the gradients.
-        needed_bytes=2**30 + 7 * (operands + logits) + 6 * operands,
+        needed_bytes=2**30 + 10 * (operands + logits) + 6 * operands,
         group=group,
         batch="head",
     )

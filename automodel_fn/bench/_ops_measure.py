@@ -32,7 +32,7 @@ Tensors = tuple[Tensor, ...]
 @attrs.frozen
 class _Time:
     us: float
-    is_graph: bool | None
+    is_graph: int | None
 
 
 def measured_op(op: Op, case: Case, names: Sequence[str]) -> dict[str, Measured]:
@@ -62,7 +62,7 @@ def measured_op(op: Op, case: Case, names: Sequence[str]) -> dict[str, Measured]
                 f"{what}_percent": _percent(times, name),
                 f"{what}_host_us": host.get(name),
             }
-            facts[name][f"is_{what}_by_graph"] = None if time.is_graph is None else time.is_graph
+            facts[name][f"is_{what}_by_graph"] = time.is_graph
         _free(case)
     found = {name: Measured(values[name], facts=facts[name]) for name in subjects}
     return {name: found[name] if name in found else problems[name] for name in names}
@@ -158,7 +158,7 @@ def _times(case: Case, num_bytes: int, calls: Mapping[str, Sequence[Call]]) -> d
         for name, of_sets in calls.items()
     }
     found = device_us(runs)
-    return {name: _Time(us, runs[name].is_graph) for name, us in found.items()}
+    return {name: _Time(us, int(runs[name].is_graph)) for name, us in found.items()}
 
 
 def _host(case: Case, calls: Mapping[str, Sequence[Call]]) -> dict[str, float]:

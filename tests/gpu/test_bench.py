@@ -4,7 +4,7 @@ import torch
 from automodel_fn.bench._bench_ops import OPS
 from automodel_fn.bench._device_time import cuda_run, device_us
 from automodel_fn.bench._ops_measure import measured_op
-from automodel_fn.bench._ops_spec import CEILING, OURS, TORCH
+from automodel_fn.bench._ops_spec import CEILING, OURS, OURS_SPLIT, TORCH
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +64,7 @@ def test_each_run_has_a_time():
 
 @pytest.mark.parametrize(("op", "case"), QUICK, ids=[case.name for _, case in QUICK])
 def test_ours_and_torchs_ways_are_measured_by_graphs(op, case):
-    names = [name for name in op.ways if name == OURS or name.startswith(TORCH)]
+    names = {OURS, TORCH} & set(op.ways)
     found = measured_op(op, case, [*names, CEILING])
 
     for name in names:
@@ -74,3 +74,11 @@ def test_ours_and_torchs_ways_are_measured_by_graphs(op, case):
         assert values["forward_host_us"] > 0
         assert values["extra_peak_mib"] > 0
         assert facts["is_forward_by_graph"] == 1
+
+
+def test_a_head_that_splits_its_weight_in_the_call_waits_and_says_so():
+    (op, case), *_ = [(op, case) for op, case in QUICK if OURS_SPLIT in op.ways]
+    found = measured_op(op, case, [OURS, OURS_SPLIT])
+
+    assert dict(found[OURS].facts)["is_forward_by_graph"] == 1
+    assert dict(found[OURS_SPLIT].facts)["is_forward_by_graph"] == 0
