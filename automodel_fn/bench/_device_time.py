@@ -1,6 +1,7 @@
 """Times of short calls by turns: the device's by CUDA graphs, the host's by its clock.
 
-In every turn each of those compared runs once, so that a machine which slows down slows all.
+In every turn each of those compared runs once, so that a machine which slows down slows all; which
+of them is the first changes from turn to turn.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -115,8 +116,8 @@ def device_us(runs: Mapping[str, Run]) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     with gc_paused():
-        for _ in _turns():
-            events = {name: _timed(run) for name, run in runs.items()}
+        for turn in _turns():
+            events = {name: _timed(runs[name]) for name in _turned(runs, turn)}
             torch.cuda.synchronize()
             for name, (start, end) in events.items():
                 found[name].append(start.elapsed_time(end) * 1e3 / runs[name].num_calls)
@@ -142,8 +143,8 @@ def host_us(calls: Mapping[str, Sequence[Call]], device: str) -> dict[str, float
     found: dict[str, list[float]] = {name: [] for name in calls}
     with gc_paused():
         for turn in _turns():
-            for name, of_sets in calls.items():
-                call = of_sets[turn % len(of_sets)]
+            for name in _turned(calls, turn):
+                call = calls[name][turn % len(calls[name])]
                 if device == "cuda":
                     torch.cuda.synchronize()
                 start = time.perf_counter_ns()
@@ -151,6 +152,13 @@ def host_us(calls: Mapping[str, Sequence[Call]], device: str) -> dict[str, float
                 found[name].append((time.perf_counter_ns() - start) / 1e3)
                 del kept
     return _medians(found)
+
+
+def _turned(names: Iterable[str], turn: int) -> list[str]:
+    """The names in their order, begun elsewhere in each turn."""
+    order = list(names)
+    first = turn % len(order)
+    return order[first:] + order[:first]
 
 
 def _turns() -> Iterator[int]:
