@@ -180,6 +180,7 @@ BENCHMARK = Benchmark(
             "accumulate_ms",
             unit="ms",
             description="device time of the 8 forwards and backwards, median of 25 after 3",
+            is_drawn=True,
         ),
         Measure(
             "host_us",

@@ -46,8 +46,9 @@ def _load_problem(subject: Subject) -> str:
             # What a peer's import warns of is no concern of who measures it.
             warnings.simplefilter("ignore")
             subject.load()
-    except ImportError as error:
-        return f"it cannot be imported: {error}; install {subject.package}."
+    except Exception as error:  # noqa: BLE001 - a package that is only half there raises anything
+        said = str(error).partition("\n")[0]
+        return f"it cannot be imported: {said}; install {subject.package}."
     return ""
 
 

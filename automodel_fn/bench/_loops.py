@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+from automodel_fn.bench._observe import gc_paused
+
 Loop = Callable[[int], object]
 """Does something as often as it is told."""
 
@@ -32,10 +34,8 @@ def interleaved_ns(
     for loop in loops.values():
         loop(calls)
     order = tuple(loops.items())
-    was_enabled = gc.isenabled()
     gc.collect()
-    gc.disable()
-    try:
+    with gc_paused():
         for number in range(rounds):
             first = number % len(loops)
             for name, loop in (*order[first:], *order[:first]):
@@ -43,9 +43,6 @@ def interleaved_ns(
                 start = time.perf_counter_ns()
                 loop(calls)
                 found[name].append((time.perf_counter_ns() - start) / calls)
-    finally:
-        if was_enabled:
-            gc.enable()
     return found
 
 

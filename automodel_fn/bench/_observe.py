@@ -49,7 +49,7 @@ def observed(
     """
     gc.collect()
     extra_peak = _cuda_meter() if device == "cuda" else _cpu_meter()
-    with _gc_paused() if pauses_gc else nullcontext():
+    with gc_paused() if pauses_gc else nullcontext():
         start = time.perf_counter()
         result = call()
         if device == "cuda":
@@ -60,12 +60,15 @@ def observed(
 
 
 @contextmanager
-def _gc_paused() -> Generator[None]:
+def gc_paused() -> Generator[None]:
+    """Without the collector, which is as it was afterwards."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def _cuda_meter() -> Callable[[], int | None]:

@@ -44,7 +44,7 @@ class Environment:
 
 @attrs.frozen
 class Measurement:
-    """What one fresh process found.
+    """What was found for one subject on one case in one round.
 
     Args:
         case: The case's name.
@@ -52,6 +52,7 @@ class Measurement:
         round: The number of the round, from 1.
         values: Each measure's value; None where it was not measured.
         facts: What was checked afterwards.
+        problem: Why a peer could not be measured on this case, or "".
     """
 
     case: str
@@ -59,6 +60,7 @@ class Measurement:
     round: int = attrs.field(kw_only=True)
     values: Pairs = attrs.field(kw_only=True, converter=pairs)
     facts: Pairs = attrs.field(kw_only=True, converter=pairs)
+    problem: str = attrs.field(default="", kw_only=True)
 
 
 @attrs.frozen
@@ -84,11 +86,13 @@ class Description:
         name: Its name.
         description: The words.
         claims: Of a subject: the facts that it promises to be 1.
+        cases: Of a subject: globs of the cases that it is for.
     """
 
     name: str
     description: str = attrs.field(kw_only=True)
     claims: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    cases: tuple[str, ...] = attrs.field(default=("*",), kw_only=True)
 
 
 @attrs.frozen

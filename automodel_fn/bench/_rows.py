@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from automodel_fn.bench._spec import matches_any
 from automodel_fn.bench._statistics import Summary, paired_ratio, summary
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class BenchmarkRow:
 
 
 def result_rows(result: BenchmarkResult) -> tuple[BenchmarkRow, ...]:
-    """One row a case and subject, in the order of both; one row for a case that is absent."""
+    """One row a case and subject that is for it, in the order of both; one for an absent case."""
     reasons = {(item.kind, item.name): item.reason for item in result.absent}
     rows: list[BenchmarkRow] = []
     for case in result.cases:
@@ -52,16 +53,18 @@ def result_rows(result: BenchmarkResult) -> tuple[BenchmarkRow, ...]:
             rows.append(BenchmarkRow(case.name, subject="", absent=reason))
             continue
         for subject in result.subjects:
-            reason = reasons.get(("subject", subject.name), "")
-            rows.append(_row(result, case.name, subject.name, reason))
+            if matches_any(case.name, subject.cases):
+                reason = reasons.get(("subject", subject.name), "")
+                rows.append(_row(result, case.name, subject.name, reason))
     return tuple(rows)
 
 
 def _row(result: BenchmarkResult, case: str, subject: str, absent: str) -> BenchmarkRow:
     is_ours = subject == result.ours
+    mine = _selected(result, case, subject)
+    absent = next((m.problem for m in mine if m.problem), absent)
     if absent:
         return BenchmarkRow(case, subject=subject, is_ours=is_ours, absent=absent)
-    mine = _selected(result, case, subject)
     ours = _selected(result, case, result.ours)
     names = tuple(measure.name for measure in result.measures)
     claims = next(item.claims for item in result.subjects if item.name == subject)

@@ -1,4 +1,4 @@
-"""Run a benchmark: every subject of a round in turn, each in a fresh process."""
+"""Run a benchmark: every subject of a round in turn, in fresh processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from automodel_fn.bench._result import (
     Measurement,
 )
 from automodel_fn.bench._selection import chosen_benchmark, chosen_cases
-from automodel_fn.bench._spec import Benchmark, Case, Subject
+from automodel_fn.bench._spec import Benchmark, Case, matches_any
 from automodel_fn.errors import ConfigError
 
 Launch = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -27,18 +27,18 @@ Launch = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @attrs.frozen
 class Progress:
-    """What is measured next.
+    """What is measured next, in one fresh process.
 
     Args:
-        case: The case's name.
-        subject: The subject's name.
+        cases: The names of the cases.
+        subjects: The names of the subjects.
         round: The number of the round, from 1.
-        num_done: How many measurements are done.
+        num_done: How many processes are done.
         num_total: How many there will be.
     """
 
-    case: str
-    subject: str = attrs.field(kw_only=True)
+    cases: tuple[str, ...]
+    subjects: tuple[str, ...] = attrs.field(kw_only=True)
     round: int = attrs.field(kw_only=True)
     num_done: int = attrs.field(kw_only=True)
     num_total: int = attrs.field(kw_only=True)
@@ -56,7 +56,8 @@ def run_benchmark(
 ) -> BenchmarkResult:
     """Measure ours and its peers in one run, each measurement in a fresh process.
 
-    In each round every subject runs once, in an order that turns from round to round. A peer that
+    A benchmark that measures its subjects together takes one process for a batch of cases. In each
+    round every subject runs once, in an order that turns from round to round. A peer that
     is not installed, and a case that the device has no memory for, are listed as absent with the
     reason.
 
@@ -65,7 +66,7 @@ def run_benchmark(
         device: "cpu" or "cuda".
         rounds: How often everything is measured.
         cases: Names of cases, globs, or names of groups; by default the group "full".
-        on_progress: Called before each measurement.
+        on_progress: Called before each process.
         date: ISO 8601; by default now.
         launch: Answers a request in a fresh process.
 
@@ -82,7 +83,7 @@ def run_benchmark(
         *(Absence("subject", name=n, reason=reason) for n, reason in report["absent"].items()),
         *_too_large(chosen, environment.free_bytes),
     )
-    steps = tuple(_steps(benchmark, chosen, absent, rounds))
+    jobs = tuple(_jobs(benchmark, chosen, absent, rounds))
     return BenchmarkResult(
         name,
         date=date or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,10 +95,10 @@ def run_benchmark(
         measures=benchmark.measures,
         cases=tuple(Description(c.name, description=c.description) for c in chosen),
         subjects=tuple(
-            Description(s.name, description=s.description, claims=s.claims)
+            Description(s.name, description=s.description, claims=s.claims, cases=s.cases)
             for s in benchmark.subjects
         ),
-        measurements=tuple(_measured(benchmark, steps, on_progress, launch)),
+        measurements=tuple(_measured(benchmark, device, jobs, on_progress, launch)),
         absent=absent,
     )
 
@@ -122,29 +123,55 @@ def _too_large(cases: Sequence[Case], free_bytes: int | None) -> Iterator[Absenc
             yield Absence("case", name=case.name, reason=reason)
 
 
-def _steps(
+@attrs.frozen
+class _Job:
+    """What one fresh process measures."""
+
+    round: int
+    cases: tuple[str, ...]
+    subjects: tuple[str, ...]
+
+
+def _jobs(
     benchmark: Benchmark, chosen: Sequence[Case], absent: Sequence[Absence], rounds: int
-) -> Iterator[tuple[int, Case, Subject]]:
+) -> Iterator[_Job]:
     """Rounds outermost, so that all that is compared is spread over the same time."""
     missing = {(item.kind, item.name) for item in absent}
     cases = [case for case in chosen if ("case", case.name) not in missing]
     subjects = [s for s in benchmark.subjects if ("subject", s.name) not in missing]
     for number in range(1, rounds + 1):
         first = (number - 1) % len(subjects)
+        turned = (*subjects[first:], *subjects[:first])
+        if benchmark.together is not None:
+            names = tuple(subject.name for subject in turned)
+            for batch in dict.fromkeys(case.batch for case in cases):
+                together = tuple(case.name for case in cases if case.batch == batch)
+                yield _Job(number, together, names)
+            continue
         for case in cases:
-            for subject in (*subjects[first:], *subjects[:first]):
-                yield number, case, subject
+            for subject in turned:
+                if matches_any(case.name, subject.cases):
+                    yield _Job(number, (case.name,), (subject.name,))
 
 
 def _measured(
     benchmark: Benchmark,
-    steps: Sequence[tuple[int, Case, Subject]],
+    device: str,
+    jobs: Sequence[_Job],
     on_progress: Callable[[Progress], None] | None,
     launch: Launch,
 ) -> Iterator[Measurement]:
-    for done, (number, case, subject) in enumerate(steps):
-        step = {"case": case.name, "subject": subject.name}
+    for done, job in enumerate(jobs):
         if on_progress is not None:
-            on_progress(Progress(**step, round=number, num_done=done, num_total=len(steps)))
-        found = launch({"benchmark": benchmark.name, "device": case.device, **step})
-        yield Measurement(**step, round=number, values=found["values"], facts=found["facts"])
+            step = Progress(
+                job.cases,
+                subjects=job.subjects,
+                round=job.round,
+                num_done=done,
+                num_total=len(jobs),
+            )
+            on_progress(step)
+        asked = {"cases": [*job.cases], "subjects": [*job.subjects]}
+        found = launch({"benchmark": benchmark.name, "device": device, **asked})
+        for measured in found["measured"]:
+            yield Measurement(**measured, round=job.round)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
-from automodel_fn.bench._spec import FULL, Benchmark, Case
+from automodel_fn.bench._spec import FULL, Benchmark, Case, matches_any
 from automodel_fn.errors import ConfigError
 
 
@@ -53,4 +52,4 @@ def chosen_cases(
 
 
 def _matches(case: Case, pattern: str) -> bool:
-    return pattern == case.group or fnmatchcase(case.name, pattern)
+    return pattern == case.group or matches_any(case.name, [pattern])

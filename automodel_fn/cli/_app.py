@@ -128,30 +128,42 @@ def bench(
     device: options.Device = "cpu",
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
     case: options.Cases = None,
+    stored: options.StoredResult = None,
     out: options.ResultFile = None,
+    markdown: options.MarkdownFile = None,
+    svg: options.SvgFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure this library beside its peers, each measurement in a fresh process.
+    """Measure this library beside its peers, in fresh processes.
 
     Exit code 1: ours did not keep what it promises. 2: an input is not usable, or a worker failed.
     """
-    from automodel_fn.cli import _bench
+    from automodel_fn.cli import _bench, _bench_views
     from automodel_fn.cli._display import console
 
-    if name is None:
+    if name is None and stored is None:
         if as_json:
             typer.echo(_bench.benchmarks_json(), nl=False)
             return
         for table in _bench.benchmark_lists():
             console().print(table)
         return
-    result = _bench.measure(
-        name, device=device, rounds=rounds, cases=case or (), out=out, progress=console(stderr=True)
+    _bench_views.check_views(markdown, svg)
+    result = _bench.result_of(
+        name,
+        stored,
+        device=device,
+        rounds=rounds,
+        cases=case or (),
+        out=out,
+        progress=console(stderr=True),
     )
+    _bench_views.write_views(result, markdown, svg)
     if as_json:
         typer.echo(result.to_json(), nl=False)
     else:
-        console().print(_bench.result_table(result))
+        for table in _bench_views.result_tables(result):
+            console().print(table)
     if broken := _bench.broken_claims(result):
         _fail("; ".join(broken), 1)
 

@@ -13,10 +13,10 @@ from rich.text import Text
 from automodel_fn.bench._launch import launch as launch_process
 from automodel_fn.bench._registry import BENCHMARKS
 from automodel_fn.bench._result import BenchmarkResult
-from automodel_fn.bench._rows import BenchmarkRow, Summaries
 from automodel_fn.bench._runner import Launch, Progress, run_benchmark
+from automodel_fn.cli._bench_views import stored_result
 from automodel_fn.cli._run_folder import check_file, write_file
-from automodel_fn.render._benchmark import BenchmarkLine, benchmark_table
+from automodel_fn.errors import ConfigError
 from automodel_fn.render._table import simple_table
 
 
@@ -41,8 +41,9 @@ def benchmarks_json() -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
-def measure(
-    name: str,
+def result_of(
+    name: str | None,
+    stored: Path | None,
     *,
     device: str,
     rounds: int,
@@ -51,14 +52,15 @@ def measure(
     progress: Console,
     launch: Launch = launch_process,
 ) -> BenchmarkResult:
-    """Run a benchmark and write its JSON.
+    """Run a benchmark, or read the result of one; write its JSON.
 
     Args:
-        name: The benchmark's name.
+        name: The benchmark's name, or None.
+        stored: Where a result stands, or None; one of the two is given.
         device: "cpu" or "cuda".
         rounds: How often everything is measured.
         cases: Names, globs or groups.
-        out: Where to write the result.
+        out: Where to write the result; None: nowhere.
         progress: Where to say what is measured next.
         launch: Answers a request in a fresh process.
 
@@ -68,14 +70,20 @@ def measure(
     """
     if out is not None:
         check_file("out", out)
-    result = run_benchmark(
-        name,
-        device=device,
-        rounds=rounds,
-        cases=cases,
-        on_progress=_teller(progress),
-        launch=launch,
-    )
+    if stored is not None:
+        if name is not None:
+            raise ConfigError(f"name={name!r} and from={str(stored)!r} exclude each other.")
+        result = stored_result(stored)
+    else:
+        assert name is not None
+        result = run_benchmark(
+            name,
+            device=device,
+            rounds=rounds,
+            cases=cases,
+            on_progress=_teller(progress),
+            launch=launch,
+        )
     if out is not None:
         write_file("out", out, result.to_json())
     return result
@@ -84,38 +92,10 @@ def measure(
 def _teller(console: Console) -> Callable[[Progress], None]:
     def tell(step: Progress) -> None:
         number = f"{step.num_done + 1}/{step.num_total}"
-        text = f"{number} round {step.round}: {step.case}, {step.subject}"
+        text = f"{number} round {step.round}: {', '.join((*step.cases, *step.subjects))}"
         console.print(Text(text), soft_wrap=True)
 
     return tell
-
-
-def result_table(result: BenchmarkResult) -> Table:
-    """The result for a person."""
-    where = f"{result.environment.device}, torch {result.environment.torch}"
-    rounds = f"{result.rounds} round{'s' if result.rounds > 1 else ''}"
-    return benchmark_table(
-        f"{result.name} on {where}, {rounds}",
-        [(measure.name, measure.unit) for measure in result.measures],
-        map(_line, result.rows()),
-    )
-
-
-def _line(row: BenchmarkRow) -> BenchmarkLine:
-    exact = dict(row.facts).get("pins_exact")
-    return BenchmarkLine(
-        row.case,
-        subject=row.subject,
-        is_ours=row.is_ours,
-        medians=_medians(row.summaries),
-        ratios=_medians(row.ratios),
-        pins_exact=None if exact is None else bool(exact),
-        absent=row.absent,
-    )
-
-
-def _medians(summaries: Summaries) -> tuple[float | None, ...]:
-    return tuple(None if found is None else found.median for _, found in summaries)
 
 
 def broken_claims(result: BenchmarkResult) -> tuple[str, ...]:

@@ -89,6 +89,30 @@ Cases = Annotated[
         show_default=False,
     ),
 ]
+StoredResult = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        help="Show a result that --out wrote, instead of measuring.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+MarkdownFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--markdown", help="Also write the tables as Markdown.", metavar="FILE", show_default=False
+    ),
+]
+SvgFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--svg",
+        help="Also draw the result; needs the extra plots.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
 ResultFile = Annotated[
     Path | None,
     typer.Option(

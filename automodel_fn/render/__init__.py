@@ -1,6 +1,8 @@
 """Plans and reports for a person: tables for a terminal, HTML for a browser. Pure functions."""
 
-from automodel_fn.render._benchmark import BenchmarkLine, benchmark_table
+from automodel_fn.render._bars import Panel, bars_svg
+from automodel_fn.render._benchmark import BenchmarkLine, benchmark_tables
+from automodel_fn.render._benchmark_markdown import benchmark_markdown
 from automodel_fn.render._curve import curve_svg
 from automodel_fn.render._groups import Group, grouped, size_text, summary
 from automodel_fn.render._page import bullet_list, page, section, text_table
@@ -10,7 +12,10 @@ from automodel_fn.render._table import plan_table, simple_table
 __all__ = [
     "BenchmarkLine",
     "Group",
-    "benchmark_table",
+    "Panel",
+    "bars_svg",
+    "benchmark_markdown",
+    "benchmark_tables",
     "bullet_list",
     "curve_svg",
     "grouped",

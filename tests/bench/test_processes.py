@@ -42,7 +42,7 @@ def test_a_peer_that_is_not_installed_is_reported_by_the_worker():
 
 @pytest.mark.slow
 def test_a_worker_that_fails_is_an_error_with_its_last_lines():
-    request = {"benchmark": "cast", "device": "cpu", "case": "quick-few", "subject": "nobody"}
+    request = {"benchmark": "cast", "device": "cpu", "cases": ["quick-few"], "subjects": ["nobody"]}
 
     with pytest.raises(BenchmarkError) as caught:
         launch(request)

@@ -28,13 +28,14 @@ class Answers:
         self._environment = ENVIRONMENT | environment
 
     def __call__(self, request):
-        if "subject" not in request:
+        if "subjects" not in request:
             return {"environment": self._environment, "absent": self._absent}
-        subject, case = request["subject"], request["case"]
+        (subject,), (case,) = request["subjects"], request["cases"]
         done = self.requests.count((case, subject))
         self.requests.append((case, subject))
         values = {"plan_ms": None, "apply_ms": TIMES[subject][done], "extra_peak_mib": 0.0}
-        return {"values": values, "facts": self._facts}
+        found = {"case": case, "subject": subject, "values": values, "facts": self._facts}
+        return {"measured": [{**found, "problem": ""}]}
 
 
 def run(answers, **arguments):
@@ -124,7 +125,7 @@ def test_json_holds_all_of_a_result():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("automodel_fn.benchmark/1", "other/1", "format="),
+        ("automodel_fn.benchmark/2", "other/1", "format="),
         ('"rounds": 1', '"rounds": "one"', "result.rounds='one' must be of type int"),
         ('"rounds": 1', '"bounds": 1', "missing or unknown: bounds, rounds"),
         ('"num_cpus": 2', '"num_cpus": null', "result.environment.num_cpus=None"),
@@ -147,7 +148,7 @@ def test_progress_counts_to_the_last_measurement():
 
     assert [p.num_done for p in seen] == list(range(6))
     assert {p.num_total for p in seen} == {6}
-    assert {(p.round, p.subject) for p in seen} == {(n, s) for n in (1, 2) for s in TIMES}
+    assert {(p.round, p.subjects) for p in seen} == {(n, (s,)) for n in (1, 2) for s in TIMES}
 
 
 def test_the_full_group_runs_unless_cases_are_named():

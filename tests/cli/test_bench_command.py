@@ -11,13 +11,20 @@ NEMO = "nemo_automodel cast_model_to_dtype"
 APPLY_MS = {"automodel_fn": 2.0, "model.to": 4.0}
 
 
+def measured(request, values, facts):
+    (case,), (subject,) = request["cases"], request["subjects"]
+    found = {"case": case, "subject": subject, "values": values, "facts": facts}
+    return {"measured": [{**found, "problem": ""}]}
+
+
 @pytest.fixture
 def launch(monkeypatch):
     def answer(request):
-        if "subject" in request:
-            exact = int(request["subject"] == "automodel_fn")
-            values = {"plan_ms": None, "apply_ms": APPLY_MS[request["subject"]]}
-            return {"values": values, "facts": {"cast_exact": 1, "pins_exact": exact}}
+        if "subjects" in request:
+            (subject,) = request["subjects"]
+            exact = int(subject == "automodel_fn")
+            values = {"plan_ms": None, "apply_ms": APPLY_MS[subject]}
+            return measured(request, values, {"cast_exact": 1, "pins_exact": exact})
         names = ("python", "torch", "platform", "device")
         numbers = {"num_threads": 1, "num_cpus": 1, "free_bytes": 2**40, "packages": {}}
         environment = {**dict.fromkeys(names, "x"), **numbers}
@@ -90,8 +97,8 @@ def test_json_alone_stands_on_stdout_and_in_the_file(cli, launch, tmp_path):
 
 def test_a_promise_of_ours_that_is_broken_is_exit_code_1(cli, launch):
     def broken(request):
-        if "subject" in request:
-            return {"values": {}, "facts": {"pins_exact": 0, "cast_exact": 1}}
+        if "subjects" in request:
+            return measured(request, {}, {"pins_exact": 0, "cast_exact": 1})
         names = ("python", "torch", "platform", "device")
         numbers = {"num_threads": 1, "num_cpus": 1, "free_bytes": None, "packages": {}}
         return {"environment": {**dict.fromkeys(names, "x"), **numbers}, "absent": {}}
@@ -114,3 +121,38 @@ def test_a_worker_that_fails_is_exit_code_2_with_its_last_words(cli, launch):
     assert "last words" in err
     assert "Traceback" not in err
     assert isinstance(launching._failed({}, "", ""), BenchmarkError)
+
+
+def test_a_result_is_also_written_as_markdown_and_as_a_picture(cli, launch, tmp_path):
+    pytest.importorskip("matplotlib")
+    markdown, svg = tmp_path / "r.md", tmp_path / "r.svg"
+    code, _, _ = cli(
+        *("bench", "cast", "--rounds", "1", "--case", "quick-few"),
+        *("--markdown", markdown, "--svg", svg),
+    )
+
+    assert code == 0
+    text = markdown.read_text()
+    assert "### quick-few\n\n16 MiB of float32" in text
+    assert "| **automodel_fn** | **2.0** |" in text
+    assert f"- absent: {NEMO}: it is not installed." in text
+    assert "casting, the plan made before, ms" in svg.read_text()
+
+
+def test_a_stored_result_is_shown_as_it_was_and_nothing_is_measured(cli, launch, tmp_path):
+    path = tmp_path / "result.json"
+    _, measured_out, _ = cli("bench", "cast", "--rounds", "1", "--case", "few", "--out", path)
+
+    launch(None)
+    code, out, err = cli("bench", "--from", path)
+
+    assert (code, out, err) == (0, measured_out, "")
+
+
+def test_a_file_that_holds_no_result_is_refused(cli, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("{}")
+    code, _, err = cli("bench", "--from", path)
+
+    assert code == 2
+    assert "expected format='automodel_fn.benchmark/2'" in err

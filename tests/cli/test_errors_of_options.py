@@ -46,6 +46,10 @@ def test_a_pattern_that_matches_nothing_is_named(cli, option):
         (("cast", "--device", "tpu"), "device='tpu'"),
         (("cast", "--case", "zz*"), "case='zz*' matches no case"),
         (("cast", "--out", "missing/r.json"), "out='missing/r.json' cannot be written"),
+        (("cast", "--svg", "missing/r.svg"), "svg='missing/r.svg' cannot be written"),
+        (("cast", "--markdown", "missing/r.md"), "markdown='missing/r.md' cannot be written"),
+        (("--from", "missing.json"), "from='missing.json' cannot be read"),
+        (("cast", "--from", "x.json"), "name='cast' and from='x.json' exclude each other"),
     ],
 )
 def test_an_argument_of_bench_that_cannot_be_is_one_line(cli, arguments, message):
