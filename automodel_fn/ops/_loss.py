@@ -9,11 +9,11 @@ from typing import Literal
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree
 
 from automodel_fn.errors import ConfigError, itemized
-from automodel_fn.ops._choice import KernelChoice
+from automodel_fn.ops._choice import KernelChoice, is_plain, is_watched
 from automodel_fn.ops._heads import LogitsPrecision
 from automodel_fn.ops._loss_autograd import eager_loss, loss_kernel
 from automodel_fn.ops._loss_checks import (
@@ -21,6 +21,7 @@ from automodel_fn.ops._loss_checks import (
     complaints_about_tensors,
     complaints_about_terms,
     demand_labels,
+    demand_no_transform,
 )
 from automodel_fn.ops._loss_op import traced_loss
 from automodel_fn.ops._loss_sums import sum_dtype_of
@@ -54,10 +55,14 @@ class LMHeadLoss:
         object.__setattr__(self, "num_tokens", num_tokens)
 
 
+def _of_children(loss: Tensor, z_loss: Tensor, num_tokens: Tensor) -> LMHeadLoss:
+    return LMHeadLoss(loss, z_loss=z_loss, num_tokens=num_tokens)
+
+
 _pytree.register_pytree_node(
     LMHeadLoss,
     lambda found: ([found.loss, found.z_loss, found.num_tokens], None),
-    lambda children, _: LMHeadLoss(children[0], z_loss=children[1], num_tokens=children[2]),
+    lambda children, _: _of_children(*children),
     serialized_type_name="automodel_fn.LMHeadLoss",
 )
 
@@ -169,7 +174,7 @@ def lm_head_loss_kernel(
         >>> lm_head_loss_kernel(torch.ones(2, 4), torch.ones(8, 4))
         KernelChoice(name='torch', reason='hidden_states is on cpu')
     """
-    return loss_kernel(hidden_states.device, operand_dtype_of(weight, precision))
+    return loss_kernel(hidden_states, weight, operand_dtype_of(weight, precision))
 
 
 def operand_dtype_of(weight: Tensor, precision: LogitsPrecision | None) -> torch.dtype:
@@ -194,8 +199,8 @@ def _needs_operator(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     given = [tensor for tensor in tensors if tensor is not None]
-    plain = (Tensor, nn.Parameter)
-    return any(type(tensor) not in plain or tensor.is_meta for tensor in given)
+    demand_no_transform(given)
+    return is_watched() or any(not is_plain(tensor) or tensor.is_meta for tensor in given)
 
 
 def _scale(num_tokens: Tensor, divisor: int | Tensor, operand_dtype: torch.dtype) -> Tensor:
