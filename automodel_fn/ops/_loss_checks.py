@@ -112,8 +112,8 @@ def demand_no_transform(tensors: Iterable[Tensor]) -> None:
     """
     if any(type(tensor) in (Tensor, nn.Parameter) and not is_plain(tensor) for tensor in tensors):
         raise ConfigError(
-            "lm_head_loss is called within a transform of torch.func, such as grad or vmap, and has "
-            "no rule for it; use F.cross_entropy on full logits there."
+            "lm_head_loss is called within a transform of torch.func, such as grad or vmap, and "
+            "has no rule for it; use F.cross_entropy on full logits there."
         )
 
 
