@@ -5,12 +5,10 @@ Shapes: `[..., H]` is any number of leading dimensions, then the hidden one; V i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import attrs
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops._choice import KernelChoice, is_plain, is_watched
@@ -29,9 +27,8 @@ from automodel_fn.ops._loss_sums import sum_dtype_of
 Reduction = Literal["mean", "sum", "none"]
 
 
-@attrs.frozen(eq=False)
-class LMHeadLoss:
-    """What `lm_head_loss` returns. A pytree, so that FSDP2 and checkpointing see its tensors.
+class LMHeadLoss(NamedTuple):
+    """What `lm_head_loss` returns. A tuple, because FSDP2 looks for tensors in no other classes.
 
     Args:
         loss: `[]`, or `[...]` where it is not reduced: all terms together, to call backward on.
@@ -47,24 +44,6 @@ class LMHeadLoss:
     loss: Tensor
     z_loss: Tensor
     num_tokens: Tensor
-
-    def __init__(self, loss: Tensor, *, z_loss: Tensor, num_tokens: Tensor) -> None:
-        # torch.compile cannot trace the one that attrs makes for a frozen class.
-        object.__setattr__(self, "loss", loss)
-        object.__setattr__(self, "z_loss", z_loss)
-        object.__setattr__(self, "num_tokens", num_tokens)
-
-
-def _of_children(loss: Tensor, z_loss: Tensor, num_tokens: Tensor) -> LMHeadLoss:
-    return LMHeadLoss(loss, z_loss=z_loss, num_tokens=num_tokens)
-
-
-_pytree.register_pytree_node(
-    LMHeadLoss,
-    lambda found: ([found.loss, found.z_loss, found.num_tokens], None),
-    lambda children, _: _of_children(*children),
-    serialized_type_name="automodel_fn.LMHeadLoss",
-)
 
 
 def lm_head_loss(
@@ -157,7 +136,7 @@ def lm_head_loss(
             demand_labels(labels, len(weight), ignore_index)
     how = (operand_dtype, precision == "bf16x3", chunk_size)
     loss, of_z = run(*tensors, numbers, *how, is_summed=reduction != "none")
-    return LMHeadLoss(loss, z_loss=of_z, num_tokens=num_tokens)
+    return LMHeadLoss(loss, of_z, num_tokens)
 
 
 def lm_head_loss_kernel(

@@ -64,7 +64,9 @@ def complaints_about_tensors(
         if isinstance(given.get(name), DTensor) and _is_sharded(given[name]):
             yield (
                 f"{name} is sharded over its mesh; the softmax needs the whole vocabulary on every "
-                f"rank: gather it with {name}.full_tensor(), or let FSDP2 unshard the head"
+                f"rank: call this inside the forward of the module that FSDP2 gathers it for, or "
+                f"gather it with {name}.full_tensor(grad_placements=[Partial('avg')]), which "
+                f"averages its gradient over the ranks"
             )
 
 
