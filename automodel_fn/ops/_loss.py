@@ -5,15 +5,13 @@ Shapes: `[..., H]` is any number of leading dimensions, then the hidden one; V i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import attrs
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree
+from torch import Tensor
 
 from automodel_fn.errors import ConfigError, itemized
-from automodel_fn.ops._choice import KernelChoice
+from automodel_fn.ops._choice import KernelChoice, is_plain, is_watched
 from automodel_fn.ops._heads import LogitsPrecision
 from automodel_fn.ops._loss_autograd import eager_loss, loss_kernel
 from automodel_fn.ops._loss_checks import (
@@ -21,6 +19,7 @@ from automodel_fn.ops._loss_checks import (
     complaints_about_tensors,
     complaints_about_terms,
     demand_labels,
+    demand_no_transform,
 )
 from automodel_fn.ops._loss_op import traced_loss
 from automodel_fn.ops._loss_sums import sum_dtype_of
@@ -28,9 +27,8 @@ from automodel_fn.ops._loss_sums import sum_dtype_of
 Reduction = Literal["mean", "sum", "none"]
 
 
-@attrs.frozen(eq=False)
-class LMHeadLoss:
-    """What `lm_head_loss` returns. A pytree, so that FSDP2 and checkpointing see its tensors.
+class LMHeadLoss(NamedTuple):
+    """What `lm_head_loss` returns. A tuple, because FSDP2 looks for tensors in no other classes.
 
     Args:
         loss: `[]`, or `[...]` where it is not reduced: all terms together, to call backward on.
@@ -46,20 +44,6 @@ class LMHeadLoss:
     loss: Tensor
     z_loss: Tensor
     num_tokens: Tensor
-
-    def __init__(self, loss: Tensor, *, z_loss: Tensor, num_tokens: Tensor) -> None:
-        # torch.compile cannot trace the one that attrs makes for a frozen class.
-        object.__setattr__(self, "loss", loss)
-        object.__setattr__(self, "z_loss", z_loss)
-        object.__setattr__(self, "num_tokens", num_tokens)
-
-
-_pytree.register_pytree_node(
-    LMHeadLoss,
-    lambda found: ([found.loss, found.z_loss, found.num_tokens], None),
-    lambda children, _: LMHeadLoss(children[0], z_loss=children[1], num_tokens=children[2]),
-    serialized_type_name="automodel_fn.LMHeadLoss",
-)
 
 
 def lm_head_loss(
@@ -152,7 +136,7 @@ def lm_head_loss(
             demand_labels(labels, len(weight), ignore_index)
     how = (operand_dtype, precision == "bf16x3", chunk_size)
     loss, of_z = run(*tensors, numbers, *how, is_summed=reduction != "none")
-    return LMHeadLoss(loss, z_loss=of_z, num_tokens=num_tokens)
+    return LMHeadLoss(loss, of_z, num_tokens)
 
 
 def lm_head_loss_kernel(
@@ -169,7 +153,7 @@ def lm_head_loss_kernel(
         >>> lm_head_loss_kernel(torch.ones(2, 4), torch.ones(8, 4))
         KernelChoice(name='torch', reason='hidden_states is on cpu')
     """
-    return loss_kernel(hidden_states.device, operand_dtype_of(weight, precision))
+    return loss_kernel(hidden_states, weight, operand_dtype_of(weight, precision))
 
 
 def operand_dtype_of(weight: Tensor, precision: LogitsPrecision | None) -> torch.dtype:
@@ -194,8 +178,8 @@ def _needs_operator(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     given = [tensor for tensor in tensors if tensor is not None]
-    plain = (Tensor, nn.Parameter)
-    return any(type(tensor) not in plain or tensor.is_meta for tensor in given)
+    demand_no_transform(given)
+    return is_watched() or any(not is_plain(tensor) or tensor.is_meta for tensor in given)
 
 
 def _scale(num_tokens: Tensor, divisor: int | Tensor, operand_dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from automodel_fn.errors import ConfigError
-from automodel_fn.ops._choice import KernelChoice
+from automodel_fn.ops._choice import KernelChoice, kernel_choice
 from automodel_fn.ops._loss_chunks import ChunkedLoss, LossInputs, Wanted, chunked_loss
 from automodel_fn.ops._loss_terms import LossTerms, write_token_losses
 
@@ -64,13 +64,11 @@ def settings_of(
     )
 
 
-def loss_kernel(device: torch.device, operand_dtype: torch.dtype) -> KernelChoice:
+def loss_kernel(hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype) -> KernelChoice:
     """What computes the losses of a chunk."""
-    if device.type != "cuda":
-        return KernelChoice("torch", reason=f"hidden_states is on {device.type}")
     if operand_dtype == torch.float64:
         return KernelChoice("torch", reason="products are made in float64")
-    return KernelChoice("triton", reason="hidden_states is on cuda")
+    return kernel_choice(hidden_states=hidden, weight=weight)
 
 
 def flat_inputs(
@@ -90,7 +88,7 @@ def computed(inputs: LossInputs, settings: LossSettings, wanted: Wanted) -> Chun
     """The loss by the fastest way that there is for these inputs."""
     device = inputs.hidden.device
     write: Callable[..., None] = write_token_losses
-    if loss_kernel(device, settings.operand_dtype).name == "triton":
+    if loss_kernel(inputs.hidden, inputs.weight, settings.operand_dtype).name == "triton":
         from automodel_fn.ops import _loss_triton
 
         write = _loss_triton.write_token_losses
@@ -144,7 +142,8 @@ class EagerLoss(torch.autograd.Function):
         return loss, z_loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = grad_outputs[0]
         if upstream is None:
             return (None,) * 7
         # Taken from the node, so that autograd may keep these very tensors as .grad.
@@ -172,7 +171,7 @@ class FirstOrderOnly(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> None:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
         raise ConfigError(NO_SECOND_DERIVATIVE)
 
 
@@ -195,7 +194,7 @@ def multiply_(gradient: Tensor | None, upstream: Tensor) -> None:
     """Multiply in place by a number on the device; by 1 it costs next to nothing."""
     if gradient is None:
         return
-    if gradient.is_cuda and gradient.dtype != torch.float64:
+    if kernel_choice(gradient=gradient).name == "triton":
         from automodel_fn.ops import _loss_triton
 
         _loss_triton.multiply_(gradient, upstream)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
+from automodel_fn.ops._choice import is_plain
 from automodel_fn.ops._heads import PRECISIONS
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -63,7 +64,9 @@ def complaints_about_tensors(
         if isinstance(given.get(name), DTensor) and _is_sharded(given[name]):
             yield (
                 f"{name} is sharded over its mesh; the softmax needs the whole vocabulary on every "
-                f"rank: gather it with {name}.full_tensor(), or let FSDP2 unshard the head"
+                f"rank: call this inside the forward of the module that FSDP2 gathers it for, or "
+                f"gather it with {name}.full_tensor(grad_placements=[Partial('avg')]), which "
+                f"averages its gradient over the ranks"
             )
 
 
@@ -101,6 +104,19 @@ def complaints_about_choices(
             yield f"num_items_in_batch has the shape {shape}; it must be one number"
     elif not _is_number(num_items_in_batch):
         yield f"num_items_in_batch={num_items_in_batch!r} must be an int or a tensor of one"
+
+
+def demand_no_transform(tensors: Iterable[Tensor]) -> None:
+    """Raise within a transform of `torch.func`, which would need more derivatives than there are.
+
+    Raises:
+        ConfigError: A tensor is wrapped by one.
+    """
+    if any(type(tensor) in (Tensor, nn.Parameter) and not is_plain(tensor) for tensor in tensors):
+        raise ConfigError(
+            "lm_head_loss is called within a transform of torch.func, such as grad or vmap, and "
+            "has no rule for it; use F.cross_entropy on full logits there."
+        )
 
 
 def demand_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

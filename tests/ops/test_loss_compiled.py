@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_fn import ConfigError, lm_head_loss
 
@@ -85,6 +86,29 @@ def test_fake_tensors_go_through_the_operator(reduction):
 
     assert (hidden.grad.shape, hidden.grad.dtype) == (hidden.shape, torch.bfloat16)
     assert (weight.grad.shape, weight.grad.dtype) == (weight.shape, torch.bfloat16)
+
+
+def test_a_dispatch_mode_sees_the_operator():
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    given = made(2, 9)
+    with Seen() as seen:
+        lm_head_loss(*given).loss.backward()
+
+    assert f"{OPERATOR}.default" in seen.names
+
+
+def test_within_a_transform_of_torch_func_it_is_an_error():
+    hidden, weight, labels = made(2, 9)
+    with pytest.raises(ConfigError, match=r"within a transform of torch\.func"):
+        torch.func.grad(lambda weight: lm_head_loss(hidden, weight, labels).loss)(weight)
 
 
 def test_the_operator_has_no_second_derivative_either():

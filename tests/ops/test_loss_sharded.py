@@ -37,6 +37,41 @@ for place in (Replicate(), Shard(0), Shard(1)):
         torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
 """
 
+GATHERED = """
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from automodel_fn import lm_head_loss
+
+hidden, weight = torch.randn(2, 6, 8), torch.randn(12, 8)
+labels = torch.randint(0, 12, (2, 6))
+plain = weight.clone().requires_grad_()
+for row in range(2):
+    lm_head_loss(hidden[row], plain, labels[row]).loss.backward()
+
+sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+whole = sharded.full_tensor(grad_placements=[Partial("avg")])
+lm_head_loss(hidden[rank], whole, labels[rank]).loss.backward()
+torch.testing.assert_close(sharded.grad.full_tensor(), plain.grad / 2)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lm_head = nn.Linear(8, 12, bias=False)
+
+    def forward(self, hidden, labels):
+        return lm_head_loss(hidden, self.lm_head.weight, labels)
+
+
+model = Model()
+with torch.no_grad():
+    model.lm_head.weight.copy_(weight)
+fully_shard(model, mesh=mesh)
+model(hidden[rank], labels[rank]).loss.backward()
+torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), plain.grad / 2)
+"""
+
 ERRORS = """
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from automodel_fn import ConfigError, lm_head_loss
@@ -70,3 +105,8 @@ def test_tokens_spread_over_ranks_give_what_the_whole_gives(on_two_ranks, reduct
 @pytest.mark.slow
 def test_a_sharded_vocabulary_and_mixed_tensors_are_errors(on_two_ranks):
     on_two_ranks(ERRORS)
+
+
+@pytest.mark.slow
+def test_a_weight_that_was_gathered_gets_the_mean_of_the_gradients_of_all_ranks(on_two_ranks):
+    on_two_ranks(GATHERED)
