@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.tensor import DTensor
 
 
@@ -33,6 +34,8 @@ class KernelChoice:
 _TRITON = KernelChoice("triton", reason="all tensors are on CUDA, in bf16, fp16 or fp32")
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _PLAIN = (Tensor, nn.Parameter)
+# What compilers trace with, in a forward and in its backward, and what has shards of its own.
+_STAND_FOR_PLAIN = (FakeTensor, FunctionalTensor, DTensor)
 
 
 def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
@@ -52,7 +55,7 @@ def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
             return KernelChoice("torch", reason=f"{name} is on {tensor.device.type}")
         if tensor.dtype not in _DTYPES:
             return KernelChoice("torch", reason=f"{name} is {tensor.dtype}")
-        if not is_plain(tensor) and not isinstance(tensor, FakeTensor | DTensor):
+        if not is_plain(tensor) and not isinstance(tensor, _STAND_FOR_PLAIN):
             return KernelChoice("torch", reason=f"{name} is {_kind(tensor)}")
         if device is not None and tensor.device != device:
             reason = f"{name} is on {tensor.device}, not on {device}"

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from automodel_fn import KernelChoice, rms_norm_kernel, swiglu_kernel
-from automodel_fn.ops import _choice
+from automodel_fn import KernelChoice, rms_norm_fp32, rms_norm_kernel, swiglu, swiglu_kernel
+from automodel_fn.ops import _choice, _rms_norm_operators, _swiglu_operators
 from automodel_fn.ops._choice import is_plain, is_watched
 
 
@@ -63,3 +64,28 @@ def test_a_dispatch_mode_watches():
     assert not is_watched()
     with FakeTensorMode():
         assert is_watched()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("operators", [_rms_norm_operators, _swiglu_operators])
+def test_what_compilers_trace_a_backward_with_stands_for_plain_tensors(operators, monkeypatch):
+    kinds, choice = set(), operators.kernel_choice
+
+    def noted(**tensors):
+        kinds.update(type(tensor) for tensor in tensors.values() if tensor is not None)
+        return choice(**tensors)
+
+    monkeypatch.setattr(operators, "kernel_choice", noted)
+    x = torch.randn(4, 8, requires_grad=True)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def computed(x):
+        return rms_norm_fp32(swiglu(x, x), None, 1e-5)
+
+    computed(x).sum().backward()
+
+    assert FunctionalTensor in kinds
+    assert all(
+        kind in _choice._PLAIN or issubclass(kind, _choice._STAND_FOR_PLAIN) for kind in kinds
+    )
