@@ -72,7 +72,8 @@ def chunk_sizes(
         >>> chunk_sizes(16384, 128256, torch.bfloat16, None)
         ChunkSizes(held=4096, rows=1024)
     """
-    rows = min(max(-(-num_tokens // 16), _LEAST_ROWS), _MOST_ROWS)
+    part = 16 if wants_weight else 4
+    rows = min(max(-(-num_tokens // part), _LEAST_ROWS), _MOST_ROWS)
     if chunk_size is None:
         chunk_size = _even(num_tokens, vocabulary * dtype.itemsize, dtype) if wants_weight else rows
     held = min(chunk_size, max(num_tokens, 1))

@@ -100,7 +100,7 @@ def test_what_is_held_is_bounded(num_tokens, vocabulary, dtype, wants_weight):
     num_bytes = sizes.held * vocabulary * dtype.itemsize
 
     assert 1 <= sizes.rows <= sizes.held <= max(num_tokens, 1)
-    assert sizes.rows <= max(64, -(-num_tokens // 16))
+    assert sizes.rows <= max(64, -(-num_tokens // (16 if wants_weight else 4)))
     if wants_weight:
         assert num_bytes <= (2**31 if sizes.held == num_tokens else 2**30) or sizes.held == 1
     else:
