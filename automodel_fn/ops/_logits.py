@@ -5,14 +5,12 @@ Shapes: `[B, S, H]` is batch, sequence, hidden; `[T, H]` is packed (THD); V is t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from torch.utils import _pytree
 
 from automodel_fn.dtypes import dtype_name, parse_dtype
 from automodel_fn.errors import ConfigError
@@ -33,9 +31,8 @@ from automodel_fn.ops._logits_by_products import logits_by_products
 from automodel_fn.ops._weight_parts import WeightParts
 
 
-@attrs.frozen(eq=False)
-class LMHeadOutput:
-    """What `lm_head_logits` returns. A pytree, so that FSDP2 and checkpointing see its tensors.
+class LMHeadOutput(NamedTuple):
+    """What `lm_head_logits` returns. A tuple, because FSDP2 looks for tensors in no other classes.
 
     Args:
         logits: `[B, S, V]` or `[T, V]`; the hidden states where there is no head.
@@ -47,20 +44,7 @@ class LMHeadOutput:
     """
 
     logits: Tensor
-    hidden_states: Tensor | None
-
-    def __init__(self, logits: Tensor, hidden_states: Tensor | None = None) -> None:
-        # torch.compile cannot trace the one that attrs makes for a frozen class.
-        object.__setattr__(self, "logits", logits)
-        object.__setattr__(self, "hidden_states", hidden_states)
-
-
-_pytree.register_pytree_node(
-    LMHeadOutput,
-    lambda output: ([output.logits, output.hidden_states], None),
-    lambda children, _: LMHeadOutput(*children),
-    serialized_type_name="automodel_fn.LMHeadOutput",
-)
+    hidden_states: Tensor | None = None
 
 
 def lm_head_logits(

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from automodel_fn import ConfigError, lm_head_logits
 
@@ -71,11 +72,19 @@ def test_fp32_on_a_head_that_is_sharded_to_compute_in_less_is_an_error(gloo, sto
             lm_head_logits(wanted, hidden(), precision="fp32")
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # of nn.Linear
 def test_fully_sharded_models_see_the_tensors_of_an_output(gloo):
     lm_head, _ = head()
     model = fully_shard(Model(lm_head), mesh=init_device_mesh("cpu", (1,)))
     model(hidden()).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # of nn.Linear
+def test_gradients_of_a_sharded_model_that_returns_an_output_are_reduced(gloo):
+    model = fully_shard(Model(nn.Linear(H, V)), mesh=init_device_mesh("cpu", (1,)))
+    model(hidden()).logits.sum().backward()
+    assert all(isinstance(parameter.grad, DTensor) for parameter in model.parameters())
 
 
 def test_a_head_in_the_group_of_its_model_computes_in_fp32_too(gloo):
