@@ -1,6 +1,6 @@
 """Losses of tokens and gradients of their logits in one Triton kernel. Imported for CUDA only."""
 # Triton is in no build of torch for the CPU, and what its language returns is not typed.
-# pyright: basic, reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: basic, reportMissingImports=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from __future__ import annotations
 

@@ -186,6 +186,7 @@ def test_compiled_it_gives_the_same(options):
         assert error(ours.grad, theirs.grad) < 4e-3
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node.s stream")  # of leaves made before
 def test_a_cuda_graph_can_record_it():
     hidden, weight, labels, _ = made(torch.bfloat16)
     own = leaves(hidden, weight)
@@ -200,7 +201,7 @@ def test_a_cuda_graph_can_record_it():
         step()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         recorded = step()
     with torch.no_grad():
         own[0].copy_(own[0].flip(0))
