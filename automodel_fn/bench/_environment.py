@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ def _load_problem(subject: Subject) -> str:
             warnings.simplefilter("ignore")
             subject.load()
     except Exception as error:  # noqa: BLE001 - a package that is only half there raises anything
-        said = str(error).partition("\n")[0]
-        return f"it cannot be imported: {said}; install {subject.package}."
+        # Results are shown to others: without the folder of this machine that an ImportError names.
+        said = re.sub(r" \(\S+\.(py|so)\)$", "", str(error).partition("\n")[0])
+        is_there = bool(subject.package) and _version(subject.package) is not None
+        hint = f"install {'another version of ' if is_there else ''}{subject.package}"
+        return f"it cannot be imported: {said}; {hint}."
     return ""
 
 
