@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 from torch import nn
@@ -64,7 +65,7 @@ def _above(part: Part, by_name: Mapping[str, Part]) -> Iterator[Part]:
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    asked = getattr(model, "get_output_embeddings", None)
+    asked: Any = getattr(model, "get_output_embeddings", None)
     return asked() if callable(asked) else None
 
 

@@ -13,6 +13,7 @@ from automodel_fn.convert._overlay import is_close, probe_tensor
 from automodel_fn.ops._rms_norm import WeightMultiply, rms_norm_fp32
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon")
+_WAYS: tuple[tuple[WeightMultiply, int], ...] = (("input", 0), ("fp32", 0), ("fp32", 1))
 _SIZE = 32
 _TRIED = (
     (torch.float32, torch.float32),
@@ -73,7 +74,7 @@ def norm_convention(cls: type[nn.Module]) -> NormConvention | None:
         cls: A class of modules.
     """
     for eps_name in EPS_NAMES:
-        for multiply, offset in (("input", 0), ("fp32", 0), ("fp32", 1)):
+        for multiply, offset in _WAYS:
             convention = NormConvention(eps_name, weight_multiply=multiply, offset=offset)
             if all(_fits(cls, convention, *dtypes) for dtypes in _TRIED):
                 return convention

@@ -70,7 +70,7 @@ def with_globals(function: Any, replaced: Mapping[str, Any]) -> Any:
     made = with_globals(below, replaced)
     cells = tuple(_with(cell, below, made) for cell in function.__closure__ or ())
     copied = _copied(function, function.__globals__, cells or None)
-    copied.__wrapped__ = made
+    vars(copied)["__wrapped__"] = made
     return copied
 
 

@@ -40,9 +40,9 @@ class ConfigRule:
 
     def word(self, part: Part) -> str:
         """What the config of a module says, in the field's words."""
-        value = getattr(part.module.config, self.attribute, None)
-        known = {value: word for word, value in self.words.items()}
-        return known.get(value, str(value).lower())
+        config: Any = part.module.config
+        value = str(getattr(config, self.attribute, None))
+        return next((word for word, known in self.words.items() if known == value), value.lower())
 
     def value(self, word: str) -> str | None:
         """What a config has to say for a word of the field."""

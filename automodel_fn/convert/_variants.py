@@ -52,8 +52,10 @@ def _made(
     behaviour: Behaviour,
     bases: tuple[type[Any], ...],
 ) -> type[Any]:
+    below_reduce: Any = own.__reduce_ex__
+
     def reduced(self: Any, protocol: Any) -> Any:
-        how = own.__reduce_ex__(self, protocol)
+        how = below_reduce(self, protocol)
         if type(self) is not made or not isinstance(how, tuple):
             return how
         # A class that was made here cannot be found by its name; the one that it is of can.
@@ -76,5 +78,5 @@ def _made(
 
 
 def _unpickled(own: type[Any], settings: Settings) -> Any:
-    made = variant(own, dict(settings))
+    made: Any = variant(own, dict(settings))
     return made.__new__(made)
