@@ -66,7 +66,8 @@ def _above(part: Part, by_name: Mapping[str, Part]) -> Iterator[Part]:
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     asked: Any = getattr(model, "get_output_embeddings", None)
-    return asked() if callable(asked) else None
+    found: Any = asked() if callable(asked) else None
+    return found
 
 
 def _fp8_blocks(
