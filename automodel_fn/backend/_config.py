@@ -13,6 +13,7 @@ from automodel_fn.backend._rules import (
     Attention,
     Dispatcher,
     Experts,
+    Fused,
     Linear,
     Norm,
     contradictions,
@@ -34,9 +35,12 @@ class BackendConfig:
         attn: Attention: "auto", "te", "sdpa", "flex", "eager" or "tilelang".
         linear: Linear layers: "auto", "torch" or "te".
         rms_norm: RMSNorm: "torch", "torch_fp32" (all of it in float32) or "te".
-        rope_fusion: Whether rotary embeddings are applied by one kernel of Transformer Engine:
-            "auto", True or False. The kernel takes cos and sin in float32, while Hugging Face
-            rotates with tables in bf16, so log-probabilities differ slightly between the two.
+        rope_fusion: Whether rotary embeddings are applied by one kernel: "auto", True or False. It
+            computes in float32 and rounds once, while Hugging Face rounds every product, so
+            log-probabilities in bf16 differ slightly between the two.
+        swiglu: `silu(gate) * up` in MLPs and experts: "auto", "torch" or "fused" (one kernel).
+        loss: The loss behind the model's own `labels=`: "auto", "torch" or "fused", which makes no
+            logits: in training they are None in the output.
         experts: Products of the experts: "auto", "torch" (one an expert), "torch_mm" (grouped),
             "torch_mm_mxfp8" (grouped, in MXFP8 by torchao), "gmm" or "te".
         dispatcher: How tokens reach their experts: "auto", "torch", "deepep", "hybridep" or
@@ -77,6 +81,8 @@ did you mean 'sdpa'?
     linear: Linear = "auto"
     rms_norm: Norm = "torch_fp32"
     rope_fusion: bool | Literal["auto"] = "auto"
+    swiglu: Fused = "auto"
+    loss: Fused = "auto"
     experts: Experts = "auto"
     dispatcher: Dispatcher = "auto"
     dispatcher_num_sms: int = 20

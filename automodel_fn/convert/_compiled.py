@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from automodel_fn.convert._settings import Behaviour, Namespace
 def _namespace(below: type[Any], choice: str) -> Namespace:
     compiled = torch.compile(below.forward)
 
+    @wraps(below.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return compiled(self, *args, **kwargs)
 

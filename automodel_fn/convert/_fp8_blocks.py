@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from automodel_fn.backend._fp8 import TEFp8Config
@@ -14,6 +15,7 @@ from automodel_fn.convert._settings import Behaviour, Namespace
 def _namespace(below: type[Any], choice: str) -> Namespace:
     autocast = TEFp8Config(choice).prepared()
 
+    @wraps(below.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with autocast():
             return below.forward(self, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _WORD = 1 << 32
 def _in_precision(below: type[Any], choice: str) -> Namespace:
     dtype = parse_dtype(choice)
 
+    @wraps(below.forward)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         named = {name: _to(parameter, dtype) for name, parameter in self._parameters.items()}
         return below.forward(Overlay(self, **named), hidden_states.to(dtype), *args, **kwargs)
@@ -33,6 +35,7 @@ def _to(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _balanced(below: type[Any], choice: str) -> Namespace:
     noise = noise_of(choice)
 
+    @wraps(below.forward)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden_states = hidden_states.flatten(0, -2)
         num_tokens, top_k = len(hidden_states), self.top_k

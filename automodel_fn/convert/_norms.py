@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ def _namespace(below: type[Any], choice: str) -> Namespace:
     if convention is None:
         raise AssertionError(f"{below.__name__} is no RMSNorm")
 
+    @wraps(below.forward)
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         return normed(self, hidden_states, convention)
 

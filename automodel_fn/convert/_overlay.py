@@ -66,7 +66,10 @@ def with_globals(function: Any, replaced: Mapping[str, Any]) -> Any:
     """
     below = getattr(function, "__wrapped__", None)
     if below is None:
-        return _copied(function, {**function.__globals__, **replaced}, function.__closure__)
+        # Where there is one, torch.compile looks names up in the module of this name.
+        namespace = {**function.__globals__, **replaced}
+        namespace.pop("__name__", None)
+        return _copied(function, namespace, function.__closure__)
     made = with_globals(below, replaced)
     cells = tuple(_with(cell, below, made) for cell in function.__closure__ or ())
     copied = _copied(function, function.__globals__, cells or None)

@@ -15,14 +15,20 @@ from automodel_fn.convert._compiled import COMPILE_ATTN
 from automodel_fn.convert._fp8_blocks import TE_FP8
 from automodel_fn.convert._gates import FAKE_GATE, GATE_PRECISION
 from automodel_fn.convert._linears import LINEAR
+from automodel_fn.convert._losses import LOSS
+from automodel_fn.convert._mlps import SWIGLU
 from automodel_fn.convert._norms import RMS_NORM
+from automodel_fn.convert._ropes import ROPE
 from automodel_fn.convert._settings import OWN, SETTINGS, Behaviour, Settings
 
 BEHAVIOURS: Mapping[str, Behaviour] = {
     "linear": LINEAR,
     "rms_norm": RMS_NORM,
+    "rope_fusion": ROPE,
+    "swiglu": SWIGLU,
     "gate_precision": GATE_PRECISION,
     "fake_balanced_gate": FAKE_GATE,
+    "loss": LOSS,
     "compile_attn": COMPILE_ATTN,
     "te_fp8": TE_FP8,
 }

@@ -3,6 +3,13 @@
 import torch
 import transformers
 
+from automodel_fn import BackendConfig
+
+OWN = BackendConfig(
+    attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False, swiglu="torch", loss="torch"
+)
+"""What these models run by of themselves."""
+
 COMMON = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

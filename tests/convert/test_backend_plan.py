@@ -4,7 +4,7 @@ import pickle
 import attrs
 import pytest
 import torch
-from convert_families import batch_of, small_model
+from convert_families import OWN, batch_of, small_model
 from torch import nn
 
 from automodel_fn import (
@@ -19,8 +19,6 @@ from automodel_fn import (
     probe,
     resolve,
 )
-
-OWN = BackendConfig(attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False)
 
 
 def entry_of(plan, name, field):

@@ -1,12 +1,12 @@
 import attrs
 import pytest
 import torch
-from convert_families import batch_of, small_model
+from convert_families import OWN, batch_of, small_model
 
-from automodel_fn import BackendConfig, apply, backend_plan
+from automodel_fn import apply, backend_plan
 from automodel_fn.convert._gates import even_experts
 
-OWN = BackendConfig(attn="eager", linear="torch", rms_norm="torch", rope_fusion=False)
+OWN = attrs.evolve(OWN, attn="eager")
 MOE = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 families = pytest.mark.parametrize("family", MOE)
 

@@ -4,14 +4,13 @@ import pickle
 import attrs
 import pytest
 import torch
-from convert_families import batch_of, small_model
+from convert_families import OWN, batch_of, small_model
 from torch import nn
 
-from automodel_fn import BackendConfig, ConfigError, StalePlanError, apply, backend_plan, bf16
+from automodel_fn import ConfigError, StalePlanError, apply, backend_plan, bf16
 from automodel_fn.cast import cast_plan
 from automodel_fn.convert import _changes
 
-OWN = BackendConfig(attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False)
 OTHER = attrs.evolve(OWN, rms_norm="torch_fp32", attn="eager")
 
 

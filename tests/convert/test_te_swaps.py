@@ -6,15 +6,14 @@ import types
 import attrs
 import pytest
 import torch
-from convert_families import batch_of, small_model
+from convert_families import OWN, batch_of, small_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from automodel_fn import BackendConfig, apply, backend_plan, step_context
+from automodel_fn import apply, backend_plan, step_context
 from automodel_fn.backend import Availability
 from automodel_fn.convert import _variants
 
-OWN = BackendConfig(attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False)
 TE = attrs.evolve(OWN, linear="te")
 pytestmark = pytest.mark.usefixtures("classes")
 
