@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -18,6 +20,13 @@ from automodel_fn.backend._rules import (
     Norm,
     contradictions,
     value_text,
+)
+from automodel_fn.backend._text import (
+    checked_fields,
+    from_json,
+    from_yaml,
+    plain,
+    to_yaml,
 )
 from automodel_fn.errors import ConfigError, itemized
 
@@ -105,6 +114,41 @@ did you mean 'sdpa'?
         lines += contradictions(values, unjudged=wrong)
         if lines:
             raise ConfigError(itemized("this BackendConfig cannot be made", lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in order, as strings, numbers, booleans and None.
+
+        Raises:
+            ConfigError: FP8 by a recipe object, which has no name.
+        """
+        return plain(values_of(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BackendConfig:
+        """The config of a mapping of fields; those that it does not have are the default's.
+
+        Raises:
+            ConfigError: A key that no field has, with the nearest one, or a wrong value.
+        """
+        return cls(**checked_fields(data, (each.name for each in attrs.fields(cls))))
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> BackendConfig:
+        """The config of a JSON text; see `from_dict`."""
+        return cls.from_dict(from_json(text))
+
+    def to_yaml(self) -> str:
+        """The config as YAML text; needs PyYAML."""
+        return to_yaml(self.to_dict())
+
+    @classmethod
+    def from_yaml(cls, text: str) -> BackendConfig:
+        """The config of a YAML text; see `from_dict`. Needs PyYAML."""
+        return cls.from_dict(from_yaml(text))
 
 
 def values_of(config: BackendConfig) -> dict[str, Any]:
