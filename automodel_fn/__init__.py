@@ -30,6 +30,13 @@ from automodel_fn.cast import (
     snapshot,
     temporary_cast,
 )
+from automodel_fn.convert import (
+    BackendPlan,
+    ModuleSwap,
+    SwapDifference,
+    SwapReport,
+    backend_plan,
+)
 from automodel_fn.dtypes import bf16, fp16, fp32
 from automodel_fn.errors import (
     AutomodelFnError,
@@ -93,6 +100,7 @@ __all__ = [
     "AutomodelFnError",
     "Availability",
     "BackendConfig",
+    "BackendPlan",
     "BackendUnavailableError",
     "BenchmarkError",
     "BoundaryHandle",
@@ -110,6 +118,7 @@ __all__ = [
     "LMHeadLoss",
     "LMHeadOutput",
     "LogitsPath",
+    "ModuleSwap",
     "OtherRankError",
     "PartialCastError",
     "PatchError",
@@ -127,6 +136,8 @@ __all__ = [
     "StalePlanError",
     "StaleWeightError",
     "StepContext",
+    "SwapDifference",
+    "SwapReport",
     "TEFp8Config",
     "TensorCast",
     "WeightParts",
@@ -134,6 +145,7 @@ __all__ = [
     "apply",
     "apply_rope",
     "audit",
+    "backend_plan",
     "bf16",
     "bind",
     "build",

@@ -84,17 +84,20 @@ def apply(
     originals' memory is held by the report. Widening casts always keep their originals until the
     first narrowing one is in place.
 
+    A backend plan exchanges classes of modules and settings of configs, and no tensor: an
+    interruption always rolls back, and its report can always undo.
+
     A sharded model is cast by all of its ranks together: each has to call `apply`, and if one
     cannot cast, none has. Its originals are kept until all are done.
 
     Args:
-        plan: A plan, as `cast_plan` and its kind return it.
+        plan: A plan, as `cast_plan`, `backend_plan` and their kind return it.
         model: The model to change; by default the one that the plan was made from.
         keep_originals: Keep what was there before, so that `report.undo()` brings it back.
         checksum: Take a checksum of every tensor afterwards, for `audit(..., bits=True)`.
 
     Returns:
-        A CastReport: what was done.
+        A CastReport, or of a backend plan a SwapReport: what was done.
 
     Raises:
         StalePlanError: The model is no longer the one that was planned for; every difference is
@@ -115,5 +118,6 @@ def apply(
     """
     raise ConfigError(
         f"plan={type(plan).__name__} is not a plan; "
-        "make one with cast_plan(model, bf16) or frozen_cast_plan(model, bf16)."
+        "make one with cast_plan(model, bf16), frozen_cast_plan(model, bf16) or "
+        "backend_plan(model, backend)."
     )

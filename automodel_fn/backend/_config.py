@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -13,10 +15,18 @@ from automodel_fn.backend._rules import (
     Attention,
     Dispatcher,
     Experts,
+    Fused,
     Linear,
     Norm,
     contradictions,
     value_text,
+)
+from automodel_fn.backend._text import (
+    checked_fields,
+    from_json,
+    from_yaml,
+    plain,
+    to_yaml,
 )
 from automodel_fn.errors import ConfigError, itemized
 
@@ -34,9 +44,12 @@ class BackendConfig:
         attn: Attention: "auto", "te", "sdpa", "flex", "eager" or "tilelang".
         linear: Linear layers: "auto", "torch" or "te".
         rms_norm: RMSNorm: "torch", "torch_fp32" (all of it in float32) or "te".
-        rope_fusion: Whether rotary embeddings are applied by one kernel of Transformer Engine:
-            "auto", True or False. The kernel takes cos and sin in float32, while Hugging Face
-            rotates with tables in bf16, so log-probabilities differ slightly between the two.
+        rope_fusion: Whether rotary embeddings are applied by one kernel: "auto", True or False. It
+            computes in float32 and rounds once, while Hugging Face rounds every product, so
+            log-probabilities in bf16 differ slightly between the two.
+        swiglu: `silu(gate) * up` in MLPs and experts: "auto", "torch" or "fused" (one kernel).
+        loss: The loss behind the model's own `labels=`: "auto", "torch" or "fused", which makes no
+            logits: in training they are None in the output.
         experts: Products of the experts: "auto", "torch" (one an expert), "torch_mm" (grouped),
             "torch_mm_mxfp8" (grouped, in MXFP8 by torchao), "gmm" or "te".
         dispatcher: How tokens reach their experts: "auto", "torch", "deepep", "hybridep" or
@@ -77,6 +90,8 @@ did you mean 'sdpa'?
     linear: Linear = "auto"
     rms_norm: Norm = "torch_fp32"
     rope_fusion: bool | Literal["auto"] = "auto"
+    swiglu: Fused = "auto"
+    loss: Fused = "auto"
     experts: Experts = "auto"
     dispatcher: Dispatcher = "auto"
     dispatcher_num_sms: int = 20
@@ -99,6 +114,41 @@ did you mean 'sdpa'?
         lines += contradictions(values, unjudged=wrong)
         if lines:
             raise ConfigError(itemized("this BackendConfig cannot be made", lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in order, as strings, numbers, booleans and None.
+
+        Raises:
+            ConfigError: FP8 by a recipe object, which has no name.
+        """
+        return plain(values_of(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BackendConfig:
+        """The config of a mapping of fields; those that it does not have are the default's.
+
+        Raises:
+            ConfigError: A key that no field has, with the nearest one, or a wrong value.
+        """
+        return cls(**checked_fields(data, (each.name for each in attrs.fields(cls))))
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> BackendConfig:
+        """The config of a JSON text; see `from_dict`."""
+        return cls.from_dict(from_json(text))
+
+    def to_yaml(self) -> str:
+        """The config as YAML text; needs PyYAML."""
+        return to_yaml(self.to_dict())
+
+    @classmethod
+    def from_yaml(cls, text: str) -> BackendConfig:
+        """The config of a YAML text; see `from_dict`. Needs PyYAML."""
+        return cls.from_dict(from_yaml(text))
 
 
 def values_of(config: BackendConfig) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -120,6 +122,14 @@ or a recipe of Transformer Engine. Did you mean 'block'?
                 no GPU, or one that lacks the recipe; raised at the call, before anything is
                 entered. The message says which recipes can run.
         """
+        return self.prepared()()
+
+    def prepared(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What gives a new `autocast()` at each call, all of it checked once.
+
+        Raises:
+            BackendUnavailableError: As `autocast`.
+        """
         found = _found(_version(_import("transformer_engine", self)))
         recipe = self.build_recipe()
         verdict = found.verdict(f"te_fp8={self.kind}")
@@ -129,10 +139,10 @@ or a recipe of Transformer Engine. Did you mean 'block'?
             )
         autocast = _attribute("transformer_engine.pytorch.quantization", "autocast")
         if autocast is not None:
-            return autocast(enabled=True, recipe=recipe)
+            return partial(autocast, enabled=True, recipe=recipe)
         fp8_autocast = _attribute("transformer_engine.pytorch", "fp8_autocast")
         if fp8_autocast is not None:
-            return fp8_autocast(enabled=True, fp8_recipe=recipe)
+            return partial(fp8_autocast, enabled=True, fp8_recipe=recipe)
         raise BackendUnavailableError(
             "Transformer Engine has neither pytorch.quantization.autocast nor "
             f"pytorch.fp8_autocast; {_NEWER}"

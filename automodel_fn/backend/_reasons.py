@@ -10,8 +10,11 @@ from automodel_fn.backend._fp8 import TEFp8Config
 from automodel_fn.backend._rules import AUTO, PREFERRED, RUNNABLE, Values, broken
 
 FUSED_ROPE = (
-    "fused rotary embeddings take cos and sin in float32, where Hugging Face rotates with tables "
-    "in bf16: log-probabilities differ slightly (NeMo Automodel #3027)"
+    "fused rotary embeddings are computed in float32 and rounded once, where Hugging Face rounds "
+    "every product: log-probabilities in bf16 differ slightly (NeMo Automodel #3027)"
+)
+FUSED_LOSS = (
+    "the fused loss makes no logits: in training, where labels are given, output.logits is None"
 )
 _FLEX = ("deepep", "hybridep", "uccl_ep")
 _FLEX_OPTIONS: Mapping[str, tuple[str, ...]] = {
@@ -82,6 +85,8 @@ def notes_for(runs: Values, found: Availability) -> Iterator[str]:
     """Remarks on what runs, in a fixed order."""
     if runs["rope_fusion"]:
         yield FUSED_ROPE
+    if runs["loss"] == "fused":
+        yield FUSED_LOSS
     if runs["te_fp8"] is not None and runs["linear"] != "te":
         yield "te_fp8 acts on the experts only: linear layers are not Transformer Engine's"
     if runs["te_fp8"] is not None and runs["experts"] != "te":

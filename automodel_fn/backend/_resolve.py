@@ -107,8 +107,9 @@ def resolve(config: BackendConfig, availability: Availability) -> Resolution:
 
     What is asked for by name is what runs, or an error: never another backend. "auto" takes the
     first that can run of: te, sdpa for `attn`; te, torch for `linear`; True, False for
-    `rope_fusion`; deepep, uccl_ep, torch for `dispatcher`; torch_mm, torch for `experts`, and te
-    where FP8 would otherwise have nothing to act on. Choices are made so that they go together.
+    `rope_fusion`; fused, torch for `swiglu` and `loss`; deepep, uccl_ep, torch for `dispatcher`;
+    torch_mm, torch for `experts`, and te where FP8 would otherwise have nothing to act on. Choices
+    are made so that they go together.
 
     Args:
         config: What is asked for; it is not changed.
@@ -132,7 +133,7 @@ def resolve(config: BackendConfig, availability: Availability) -> Resolution:
         >>> cpu = Availability(python="3.11.7", torch="2.13.0")
         >>> backend = resolve(BackendConfig(), cpu).backend
         >>> backend.attn, backend.linear, backend.rope_fusion, backend.experts
-        ('sdpa', 'torch', False, 'torch')
+        ('sdpa', 'torch', True, 'torch')
         >>> resolve(BackendConfig(attn="te"), cpu)
         Traceback (most recent call last):
         automodel_fn.errors.BackendUnavailableError: this backend cannot run here

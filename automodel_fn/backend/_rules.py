@@ -14,6 +14,7 @@ AUTO = "auto"
 Attention = Literal["auto", "te", "sdpa", "flex", "eager", "tilelang"]
 Linear = Literal["auto", "torch", "te"]
 Norm = Literal["torch", "torch_fp32", "te"]
+Fused = Literal["auto", "torch", "fused"]
 Experts = Literal["auto", "torch", "te", "gmm", "torch_mm", "torch_mm_mxfp8"]
 Dispatcher = Literal["auto", "torch", "deepep", "hybridep", "uccl_ep"]
 
@@ -23,18 +24,32 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rms_norm": get_args(Norm),
     "experts": get_args(Experts),
     "dispatcher": get_args(Dispatcher),
+    "swiglu": get_args(Fused),
+    "loss": get_args(Fused),
 }
 PREFERRED: Mapping[str, tuple[Any, ...]] = {
     "attn": ("te", "sdpa"),
     "linear": ("te", "torch"),
     "rope_fusion": (True, False),
+    "swiglu": ("fused", "torch"),
+    "loss": ("fused", "torch"),
     "dispatcher": ("deepep", "uccl_ep", "torch"),
     # Those of Transformer Engine come last: they are for FP8, which needs something to act on.
     "experts": ("torch_mm", "torch", "te"),
 }
 """What "auto" becomes: the first that can run and goes with the rest."""
 
-RUNNABLE = ("attn", "linear", "rms_norm", "rope_fusion", "experts", "dispatcher", "te_fp8")
+RUNNABLE = (
+    "attn",
+    "linear",
+    "rms_norm",
+    "rope_fusion",
+    "swiglu",
+    "loss",
+    "experts",
+    "dispatcher",
+    "te_fp8",
+)
 """The fields whose values need something of the machine."""
 
 Values = Mapping[str, Any]
@@ -98,7 +113,6 @@ RULES = (
     _compiled("attn", "attn='sdpa', 'flex' or 'eager'", "te", "tilelang"),
     _compiled("linear", "linear='torch'", "te"),
     _compiled("rms_norm", "rms_norm='torch' or 'torch_fp32'", "te"),
-    _compiled("rope_fusion", "rope_fusion=False", True),
 )
 
 

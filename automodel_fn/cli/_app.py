@@ -45,6 +45,15 @@ def train(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Recompute activations.")
     ] = False,
+    backend: options.Backend = None,
+    attn: options.Attn = None,
+    linear: options.Linear = None,
+    rms_norm: options.RmsNorm = None,
+    rope_fusion: options.RopeFusion = None,
+    swiglu: options.Swiglu = None,
+    loss: options.Loss = None,
+    experts: options.Experts = None,
+    fp8: options.Fp8 = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     out: options.RunFolder = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show failures only.")] = False,
@@ -56,10 +65,21 @@ def train(
     pins bit-exact, every dtype as planned, each forward with its own step context, a falling loss.
     Exit code 1: a check failed. 2: an input is not usable. 130: Ctrl-C, with a readable run folder.
     """
+    from automodel_fn.cli._backends import asked_backend
     from automodel_fn.cli._display import Display, console
     from automodel_fn.cli._settings import TrainSettings
     from automodel_fn.cli._train import train as run
 
+    fields = {
+        "attn": attn,
+        "linear": linear,
+        "rms_norm": rms_norm,
+        "rope_fusion": rope_fusion,
+        "swiglu": swiglu,
+        "loss": loss,
+        "experts": experts,
+        "te_fp8": fp8,
+    }
     settings = TrainSettings(
         model=model,
         data=tuple(data or ()),
@@ -70,6 +90,7 @@ def train(
         dtype=dtype,
         activation_checkpointing=activation_checkpointing,
         learning_rate=learning_rate,
+        backend=asked_backend(backend, fields),
         seed=seed,
         out=out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"),
     )
@@ -92,19 +113,50 @@ def plan(
     skip: options.Skip = None,
     match: options.Match = "substring",
     html: options.Html = None,
+    backend: options.Backend = None,
+    attn: options.Attn = None,
+    linear: options.Linear = None,
+    rms_norm: options.RmsNorm = None,
+    rope_fusion: options.RopeFusion = None,
+    swiglu: options.Swiglu = None,
+    loss: options.Loss = None,
+    experts: options.Experts = None,
+    fp8: options.Fp8 = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what a cast would do to each tensor of a model; no weights are needed."""
-    from automodel_fn.cli._display import Display, console
-    from automodel_fn.cli._plan import make_plan
+    """Show what a cast would do to each tensor of a model; no weights are needed.
 
-    made = make_plan(
-        model, dtype, keep_fp32=keep_fp32 or (), skip=skip or (), match=match, html=html
+    With a backend also what would become of each module, here on this machine.
+    """
+    from automodel_fn.cli._backends import asked_backend
+    from automodel_fn.cli._display import Display, console
+    from automodel_fn.cli._plan import make_plan, plans_json
+
+    fields = {
+        "attn": attn,
+        "linear": linear,
+        "rms_norm": rms_norm,
+        "rope_fusion": rope_fusion,
+        "swiglu": swiglu,
+        "loss": loss,
+        "experts": experts,
+        "te_fp8": fp8,
+    }
+    made, swaps = make_plan(
+        model,
+        dtype,
+        keep_fp32=keep_fp32 or (),
+        skip=skip or (),
+        match=match,
+        html=html,
+        backend=asked_backend(backend, fields),
     )
     if as_json:
-        typer.echo(made.to_json(), nl=False)
-    else:
-        Display(console()).plan(made)
+        typer.echo(plans_json(made, swaps), nl=False)
+        return
+    Display(console()).plan(made)
+    if swaps is not None:
+        Display(console()).swaps(swaps)
 
 
 @app.command()

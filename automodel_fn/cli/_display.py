@@ -11,6 +11,8 @@ from rich.text import Text
 
 from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cli._report import TrainReport
+from automodel_fn.convert._plan import BackendPlan
+from automodel_fn.render._swap_table import swap_table
 from automodel_fn.render._table import plan_table, simple_table
 
 _LOG_WIDTH = 120
@@ -33,6 +35,13 @@ class Display:
         """Show the plan and its notes."""
         if not self._is_quiet:
             self._console.print(plan_table(plan))
+        for note in plan.notes:
+            self.remark(f"note: {note}")
+
+    def swaps(self, plan: BackendPlan) -> None:
+        """Show a backend plan and its notes."""
+        if not self._is_quiet:
+            self._console.print(swap_table(plan))
         for note in plan.notes:
             self.remark(f"note: {note}")
 

@@ -74,6 +74,32 @@ Html = Annotated[
     ),
 ]
 
+Backend = Annotated[
+    Path | None,
+    typer.Option(
+        "--backend",
+        help="A BackendConfig as YAML or JSON: which backend runs which modules.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+
+
+def _field(option: str, text: str) -> typer.models.OptionInfo:
+    return typer.Option(option, help=text, metavar="VALUE", show_default=False)
+
+
+Attn = Annotated[str | None, _field("--attn", "Attention: auto, te, sdpa, flex, eager.")]
+Linear = Annotated[str | None, _field("--linear", "Linear layers: auto, torch, te.")]
+RmsNorm = Annotated[str | None, _field("--rms-norm", "RMSNorms: torch, torch_fp32, te.")]
+RopeFusion = Annotated[
+    str | None, _field("--rope-fusion", "Rotary embeddings by one kernel: auto, true, false.")
+]
+Swiglu = Annotated[str | None, _field("--swiglu", "SwiGLU: auto, torch, fused.")]
+Loss = Annotated[str | None, _field("--loss", "The loss: auto, torch, fused (no logits).")]
+Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm.")]
+Fp8 = Annotated[str | None, _field("--fp8", "FP8 in Transformer Engine: current, block, mxfp8.")]
+
 BenchmarkName = Annotated[
     str | None, typer.Argument(help="The benchmark. Without it: the list of them.", metavar="NAME")
 ]

@@ -10,9 +10,11 @@ from torch import nn
 
 from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cli._report import TrainReport
+from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.errors import ConfigError
 
 PLAN, REPORT, PAGE, MODEL = "plan.json", "report.json", "report.html", "model"
+BACKEND_PLAN = "backend_plan.json"
 
 
 def check_run_folder(out: Path) -> None:
@@ -77,6 +79,11 @@ def write_file(option: str, path: Path, text: str) -> None:
 def write_plan(out: Path, plan: CastPlan) -> None:
     """Write the plan's JSON."""
     _write(out / PLAN, plan.to_json())
+
+
+def write_backend_plan(out: Path, plan: BackendPlan) -> None:
+    """Write the JSON of the backend plan."""
+    _write(out / BACKEND_PLAN, plan.to_json())
 
 
 def write_report(out: Path, report: TrainReport) -> None:

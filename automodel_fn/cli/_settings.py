@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import torch
 
+from automodel_fn.backend._config import BackendConfig
 from automodel_fn.dtypes import bf16, dtype_name, parse_castable
 from automodel_fn.errors import ConfigError
 
@@ -34,6 +35,7 @@ class TrainSettings:
         dtype: The dtype to cast to.
         activation_checkpointing: Whether activations are recomputed in the backward.
         learning_rate: AdamW's, after a warm-up over the first tenth of the steps.
+        backend: Which backend runs which modules; None leaves them as they are.
         seed: Seed of the weights and of the order of the text.
         out: The run folder.
     """
@@ -47,6 +49,7 @@ class TrainSettings:
     dtype: torch.dtype = attrs.field(default=bf16, kw_only=True, converter=parse_castable)
     activation_checkpointing: bool = attrs.field(default=False, kw_only=True)
     learning_rate: float = attrs.field(default=2e-3, kw_only=True)
+    backend: BackendConfig | None = attrs.field(default=None, kw_only=True)
     seed: int = attrs.field(default=0, kw_only=True, validator=_at_least(0))
     out: Path = attrs.field(kw_only=True)
 
@@ -57,6 +60,7 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
-        data = attrs.asdict(self)
+        data = attrs.asdict(self, filter=lambda field, _: field.name != "backend")
+        data["backend"] = None if self.backend is None else self.backend.to_dict()
         data |= {"dtype": dtype_name(self.dtype), "out": str(self.out)}
         return data | {"data": [str(path) for path in self.data]}

@@ -26,12 +26,14 @@ from automodel_fn.cli._run_folder import (
     check_run_folder,
     make_run_folder,
     save_model,
+    write_backend_plan,
     write_plan,
     write_report,
 )
 from automodel_fn.cli._settings import TrainSettings
 from automodel_fn.cli._text import batches, read_bytes
 from automodel_fn.cli._training import History, evaluate, fill_pins, train_steps
+from automodel_fn.convert._planner import backend_plan
 from automodel_fn.plans import apply
 
 Cast = Callable[[CastPlan, nn.Module], Any]
@@ -63,10 +65,16 @@ def train(settings: TrainSettings, display: Display, cast: Cast = apply) -> Trai
     check_length(model, settings.seq_len)
     if settings.activation_checkpointing:
         recompute(model)
+    swaps = None if settings.backend is None else backend_plan(model, settings.backend)
+    if swaps is not None:
+        display.swaps(swaps)
+        apply(swaps)
     plan = cast_plan(model, settings.dtype)
     if is_fresh:
         fill_pins(_pins(model, plan), settings.seed)
     make_run_folder(settings.out)
+    if swaps is not None:
+        write_backend_plan(settings.out, swaps)
     run = _Run(settings, display, model, plan, fixed)
     run.begin()
     try:

@@ -7,6 +7,7 @@ from automodel_fn.render._curve import curve_svg
 from automodel_fn.render._groups import Group, grouped, size_text, summary
 from automodel_fn.render._page import bullet_list, page, section, text_table
 from automodel_fn.render._plan_html import plan_html, plan_sections
+from automodel_fn.render._swap_table import swap_table
 from automodel_fn.render._table import plan_table, simple_table
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "simple_table",
     "size_text",
     "summary",
+    "swap_table",
     "text_table",
 ]

@@ -1,6 +1,8 @@
 """Strategies and laws for property tests of your own models; needs hypothesis."""
 
 from automodel_fn.errors import BackendUnavailableError
+from automodel_fn.testing._laws_swap import check_swaps
+from automodel_fn.testing._strategies_backends import cpu_backends
 
 try:
     import hypothesis  # noqa: F401 # pyright: ignore[reportUnusedImport] - to say what is missing
@@ -72,10 +74,12 @@ __all__ = [
     "check_rms_norm_scale",
     "check_rope",
     "check_rope_config",
+    "check_swaps",
     "check_swiglu",
     "check_temporary_cast",
     "check_training_goes_on",
     "check_undo",
+    "cpu_backends",
     "dtypes",
     "lm_head_arguments",
     "lm_head_loss_arguments",

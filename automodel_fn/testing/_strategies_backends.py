@@ -43,6 +43,25 @@ def backend_configs() -> st.SearchStrategy[BackendConfig]:
     return st.fixed_dictionaries({}, optional=_FIELDS).map(_config)
 
 
+def cpu_backends() -> st.SearchStrategy[BackendConfig]:
+    """Every BackendConfig of which a CPU without packages can run all that modules are told.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(cpu_backends(), lambda config: config.attn == "eager").linear
+        'auto'
+    """
+    fields = {
+        "attn": st.sampled_from(("auto", "sdpa", "eager", "flex")),
+        "linear": st.sampled_from(("auto", "torch")),
+        "rms_norm": st.sampled_from(("torch_fp32", "torch")),
+        **{name: _FIELDS[name] for name in ("rope_fusion", "swiglu", "loss")},
+        **{name: _FIELDS[name] for name in ("gate_precision", "compile_attn")},
+        **{name: _FIELDS[name] for name in ("fake_balanced_gate", "fake_gate_noise")},
+    }
+    return st.fixed_dictionaries({}, optional=fields).map(_config)
+
+
 def _config(fields: dict[str, Any]) -> BackendConfig:
     # Fields that do not go together are left out one by one, which is quicker than to draw again.
     while True:

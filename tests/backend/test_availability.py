@@ -14,6 +14,11 @@ ALWAYS = {
     "rms_norm=torch",
     "rms_norm=torch_fp32",
     "rope_fusion=False",
+    "rope_fusion=True",
+    "swiglu=torch",
+    "swiglu=fused",
+    "loss=torch",
+    "loss=fused",
     "experts=torch",
     "dispatcher=torch",
 }
@@ -168,7 +173,6 @@ def test_a_gpu_can_also_be_too_new(backend, capability):
     ("backend", "package", "least", "below"),
     [
         ("attn=te", "transformer-engine", "2.0", "1.13.0"),
-        ("rope_fusion=True", "transformer-engine", "2.0", "1.13.0"),
         ("te_fp8=current", "transformer-engine", "2.2", "2.1.0"),
         ("te_fp8=mxfp8", "transformer-engine", "2.3", "2.2.1"),
         ("te_fp8=block", "transformer-engine", "2.9", "2.8.9"),

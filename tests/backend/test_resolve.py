@@ -12,7 +12,7 @@ from automodel_fn import (
     probe,
     resolve,
 )
-from automodel_fn.backend._reasons import FUSED_ROPE
+from automodel_fn.backend._reasons import FUSED_LOSS, FUSED_ROPE
 from automodel_fn.render import plan_table
 
 FIELDS = [field.name for field in attrs.fields(BackendConfig)]
@@ -42,7 +42,7 @@ def refused(config, found):
 
 
 def test_the_default_runs_on_a_cpu_with_nothing_installed(cpu):
-    assert chosen(resolve(BackendConfig(), cpu)) == ("sdpa", "torch", False, "torch", "torch")
+    assert chosen(resolve(BackendConfig(), cpu)) == ("sdpa", "torch", True, "torch", "torch")
 
 
 def test_the_default_runs_here():
@@ -53,14 +53,14 @@ def test_the_default_runs_here():
 @pytest.mark.parametrize(
     ("capability", "packages", "world_size", "expected"),
     [
-        ((7, 5), {}, 1, ("sdpa", "torch", False, "torch", "torch")),
-        ((8, 0), {}, 1, ("sdpa", "torch", False, "torch_mm", "torch")),
+        ((7, 5), {}, 1, ("sdpa", "torch", True, "torch", "torch")),
+        ((8, 0), {}, 1, ("sdpa", "torch", True, "torch_mm", "torch")),
         ((8, 0), {"te": "2.20.2"}, 1, ("te", "te", True, "torch_mm", "torch")),
-        ((8, 0), {"te": "1.13.0"}, 1, ("sdpa", "torch", False, "torch_mm", "torch")),
-        ((9, 0), {"deep_ep": "1.2"}, 8, ("sdpa", "torch", False, "torch_mm", "deepep")),
-        ((9, 0), {"deep_ep": "1.2"}, 1, ("sdpa", "torch", False, "torch_mm", "torch")),
-        ((8, 0), {"deep_ep": "1.2"}, 8, ("sdpa", "torch", False, "torch_mm", "torch")),
-        ((8, 0), {"uccl": "0.1"}, 8, ("sdpa", "torch", False, "torch_mm", "uccl_ep")),
+        ((8, 0), {"te": "1.13.0"}, 1, ("sdpa", "torch", True, "torch_mm", "torch")),
+        ((9, 0), {"deep_ep": "1.2"}, 8, ("sdpa", "torch", True, "torch_mm", "deepep")),
+        ((9, 0), {"deep_ep": "1.2"}, 1, ("sdpa", "torch", True, "torch_mm", "torch")),
+        ((8, 0), {"deep_ep": "1.2"}, 8, ("sdpa", "torch", True, "torch_mm", "torch")),
+        ((8, 0), {"uccl": "0.1"}, 8, ("sdpa", "torch", True, "torch_mm", "uccl_ep")),
         (
             (9, 0),
             {"te": "2.20.2", "deep_ep": "1.2", "uccl": "0.1"},
@@ -76,7 +76,13 @@ def test_auto_takes_the_first_that_can_run(machine, capability, packages, world_
 
 def test_what_is_asked_for_by_name_is_what_runs(hopper):
     config = BackendConfig(
-        attn="flex", linear="torch", rope_fusion=False, experts="torch_mm", dispatcher="uccl_ep"
+        attn="flex",
+        linear="torch",
+        rope_fusion=False,
+        swiglu="torch",
+        loss="torch",
+        experts="torch_mm",
+        dispatcher="uccl_ep",
     )
     found = resolve(config, hopper)
     assert found.backend == config
@@ -99,7 +105,7 @@ def test_the_reason_of_a_choice_says_why_the_better_ones_cannot_run(machine):
 
 def test_the_reason_of_a_choice_names_the_field_that_forbids_a_better_one(hopper):
     found = resolve(BackendConfig(compile_attn=True), hopper)
-    assert chosen(found)[:3] == ("sdpa", "torch", False)
+    assert chosen(found)[:3] == ("sdpa", "torch", True)
     assert "not te: compile_attn=True traces the whole attention module" in (
         found.field("attn").reason
     )
@@ -178,13 +184,12 @@ def test_the_error_lists_all_that_cannot_run(cpu):
         attn="tilelang",
         linear="te",
         rms_norm="te",
-        rope_fusion=True,
         experts="te",
         dispatcher="deepep",
         te_fp8="mxfp8",
     )
     said = [line.partition("=")[0] for line in refused(config, cpu)]
-    assert said == ["attn", "linear", "rms_norm", "rope_fusion", "experts", "dispatcher", "te_fp8"]
+    assert said == ["attn", "linear", "rms_norm", "experts", "dispatcher", "te_fp8"]
 
 
 def test_the_error_offers_recipes_that_can_run(hopper):
@@ -212,7 +217,9 @@ def test_gpus_that_differ_are_remarked_upon(machine):
     both = attrs.evolve(machine((9, 0)), devices=machine((9, 0)).devices + machine((8, 0)).devices)
     notes = resolve(BackendConfig(), both).notes
     assert any("differ in compute capability" in note for note in notes)
-    assert resolve(BackendConfig(), machine((9, 0))).notes == ()
+    assert resolve(BackendConfig(), machine((9, 0))).notes == (FUSED_ROPE, FUSED_LOSS)
+    own = BackendConfig(rope_fusion=False, loss="torch")
+    assert resolve(own, machine((9, 0))).notes == ()
 
 
 @pytest.mark.parametrize("name", ["config", "availability"])

@@ -1,0 +1,45 @@
+"""The backend that options ask for: a file, and single fields over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from automodel_fn.backend._config import BackendConfig
+from automodel_fn.errors import ConfigError
+
+_WORDS = {"true": True, "false": False}
+
+
+def asked_backend(file: Path | None, fields: Mapping[str, str | None]) -> BackendConfig | None:
+    """The backend of a file, with the fields that were given; None if nothing was asked for.
+
+    Args:
+        file: YAML, or JSON where its name ends so; without it the default.
+        fields: Field and value, None for those that were not given.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it or in the fields is wrong.
+    """
+    given = {name: _value(value) for name, value in fields.items() if value is not None}
+    if file is None:
+        return BackendConfig.from_dict(given) if given else None
+    return attrs.evolve(_read(file), **given)
+
+
+def _value(text: str) -> str | bool:
+    return _WORDS.get(text.lower(), text)
+
+
+def _read(file: Path) -> BackendConfig:
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"backend={str(file)!r} cannot be read: {error}.") from None
+    read = BackendConfig.from_json if file.suffix == ".json" else BackendConfig.from_yaml
+    try:
+        return read(text)
+    except ConfigError as error:
+        raise ConfigError(f"backend={str(file)!r}: {error}") from None

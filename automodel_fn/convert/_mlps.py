@@ -1,0 +1,89 @@
+"""MLPs and experts whose `silu(gate) * up` is one operation."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automodel_fn.convert._around import Around
+from automodel_fn.convert._overlay import Overlay, is_close, names_in, probe_tensor
+from automodel_fn.convert._parts import Part
+from automodel_fn.convert._rules import Rule
+from automodel_fn.convert._settings import Behaviour, Namespace, own_class
+from automodel_fn.ops._swiglu import swiglu
+
+_SPLIT = {"gate_proj", "up_proj", "down_proj"}
+_PACKED = {"gate_up_proj", "down_proj"}
+
+
+def _namespace(below: type[Any], choice: str) -> Namespace:
+    if hasattr(below, "_apply_gate"):
+        return {"_apply_gate": _gated}
+    is_split = names_in(own_class(below)) >= _SPLIT
+
+    @wraps(below.forward)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if is_split:
+            gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+            return self.down_proj(swiglu(gate, up))
+        return self.down_proj(_gated(self, self.gate_up_proj(hidden_states)))
+
+    return {"forward": forward}
+
+
+def _gated(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return swiglu(gate, up)
+
+
+def _is_mlp(part: Part, around: Around) -> bool:
+    if hasattr(part.own, "_apply_gate"):
+        return bool(getattr(part.module, "has_gate", False))
+    children = part.module._modules.keys()
+    return any(children >= kind and names_in(part.own) >= kind for kind in (_SPLIT, _PACKED))
+
+
+def _refusal(part: Part, around: Around) -> str:
+    return "" if _is_swiglu(part.module, part.own) else "it computes no silu(gate) * up"
+
+
+def _keeping(part: Part, around: Around) -> str:
+    is_loop = around.asked.get("experts", "torch") == "torch" and hasattr(part.own, "_apply_gate")
+    return "the loop over experts has code of its own; see experts" if is_loop else ""
+
+
+def _is_swiglu(module: nn.Module, own: type[Any]) -> bool:
+    """Whether it is: found by trying it, with a gate and an up that were not projected."""
+    gate, up = probe_tensor(4, 8), probe_tensor(4, 8, seed=1)
+    packed = torch.cat((gate, up), -1)
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            if hasattr(own, "_apply_gate"):
+                found = own._apply_gate(module, packed)
+            else:
+                seen = Overlay(
+                    module,
+                    gate_proj=lambda _: gate,
+                    up_proj=lambda _: up,
+                    gate_up_proj=lambda _: packed,
+                    down_proj=lambda x: x,
+                )
+                found = own.forward(seen, gate)
+    # It wants other attributes or arguments.
+    except (AttributeError, TypeError, RuntimeError, ValueError, LookupError):
+        return False
+    return is_close(found, nn.functional.silu(gate) * up)
+
+
+SWIGLU = Behaviour(_namespace)
+SWIGLU_RULE = Rule(
+    "swiglu",
+    own="torch",
+    is_candidate=_is_mlp,
+    refusal=_refusal,
+    keeping=_keeping,
+    is_listed=True,
+)

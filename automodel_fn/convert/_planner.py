@@ -1,0 +1,154 @@
+"""From a model and a backend to a plan; reads only, and needs no tensor data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from automodel_fn.backend._availability import Availability
+from automodel_fn.backend._config import BackendConfig
+from automodel_fn.backend._fp8 import RECIPES, TEFp8Config
+from automodel_fn.backend._probe import probe
+from automodel_fn.backend._resolve import Resolution, resolve
+from automodel_fn.cast._plan import WeakObjects
+from automodel_fn.convert._around import Around, look_around
+from automodel_fn.convert._entries import ModuleSwap
+from automodel_fn.convert._parts import scanned, skipped_parts
+from automodel_fn.convert._plan import BackendPlan
+from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
+from automodel_fn.dtypes import dtype_name
+from automodel_fn.errors import ConfigError
+
+
+def backend_plan(
+    model: nn.Module,
+    backend: BackendConfig | Resolution,
+    *,
+    skip: str | Iterable[str] = (),
+    availability: Availability | None = None,
+) -> BackendPlan:
+    """What a backend will make of each module of a model. Does not touch the model.
+
+    The modules stay the same objects: `apply` exchanges their classes for subclasses that run by
+    another backend, and settings of their configs. Parameters, ties, hooks, names, devices, dtypes
+    and the state dict are what they were, and `plan.inverse()` brings the own classes back.
+
+    Args:
+        model: A model of transformers, or of modules that are built as its are; on any device,
+            also on meta.
+        backend: What is asked for; resolved for this machine, if it was not yet.
+        skip: Modules that are left alone, and all beneath them: exact FQNs, globs (`*` crosses
+            dots), or "re:" with a full match.
+        availability: The machine that the model will run on; None for this one.
+
+    Returns:
+        The plan, to read, compare, write to JSON, and `apply`.
+
+    Raises:
+        BackendUnavailableError: What was asked for by name cannot run there.
+        ConfigError: A pattern that matches no module, or an argument of another kind.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> for entry in backend_plan(model, BackendConfig(linear="torch"), skip="0").entries:
+        ...     print(entry.name, entry.field, entry.action, entry.reason)
+        0 linear skip skip='0'
+    """
+    resolution = _resolved(backend, availability)
+    model_scan, parts = scanned(model)
+    asked = asked_of(resolution.backend)
+    around = look_around(parts, model_scan, asked, skipped_parts(parts, skip))
+    entries = tuple(_entries(around))
+    return BackendPlan(
+        entries,
+        notes=tuple(_notes(resolution, entries)),
+        model_ref=WeakObjects(model),
+    )
+
+
+def _resolved(backend: BackendConfig | Resolution, availability: Availability | None) -> Resolution:
+    if isinstance(backend, Resolution):
+        return backend
+    if not isinstance(backend, BackendConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"backend={type(backend).__name__} must be a BackendConfig or a Resolution; "
+            "write backend_plan(model, BackendConfig(...))."
+        )
+    return resolve(backend, probe() if availability is None else availability)
+
+
+def asked_of(backend: BackendConfig) -> dict[str, str]:
+    """What a backend without "auto" asks for, by field of a plan, as text.
+
+    Example:
+        >>> asked_of(BackendConfig(attn="sdpa", gate_precision="fp32"))["gate_precision"]
+        'float32'
+    """
+    precision, fp8 = backend.gate_precision, backend.te_fp8
+    return {
+        "attn": backend.attn,
+        "linear": backend.linear,
+        "rms_norm": backend.rms_norm,
+        "experts": backend.experts,
+        "rope_fusion": str(backend.rope_fusion),
+        "swiglu": backend.swiglu,
+        "loss": backend.loss,
+        "gate_precision": "none" if precision is None else dtype_name(precision),
+        "fake_balanced_gate": _fake_gate(backend),
+        "compile_attn": str(backend.compile_attn),
+        "te_fp8": "none" if fp8 is None else _recipe_name(fp8),
+    }
+
+
+def _fake_gate(backend: BackendConfig) -> str:
+    if not backend.fake_balanced_gate:
+        return "False"
+    return f"noise {backend.fake_gate_noise}" if backend.fake_gate_noise else "balanced"
+
+
+def _recipe_name(fp8: TEFp8Config) -> str:
+    if isinstance(fp8.recipe, str):
+        return fp8.recipe
+    raise ConfigError(
+        f"te_fp8={type(fp8.recipe).__name__} is a recipe object, which has no place in a plan; use "
+        f"one of {', '.join(map(repr, RECIPES))}, or enter backend.te_fp8.autocast() yourself."
+    )
+
+
+def _entries(around: Around) -> Iterator[ModuleSwap]:
+    """One for each module and field, and one for each config, where its first reader stands."""
+    by_first: dict[int, list[ModuleSwap]] = {}
+    for rule in CONFIG_RULES.values():
+        for readers in rule.readers(around.parts):
+            by_first.setdefault(id(readers[0].module), []).append(rule.entry(readers, around))
+    for part in around.parts:
+        yield from by_first.get(id(part.module), ())
+        for rule in MODULE_RULES.values():
+            entry = rule.entry(part, around)
+            if entry is not None:
+                yield entry
+
+
+def _notes(resolution: Resolution, entries: tuple[ModuleSwap, ...]) -> Iterator[str]:
+    """What is asked for by name and acts on nothing."""
+    backend = resolution.backend
+    chosen = {each.name for each in resolution.fields if each.is_chosen}
+    asked = {name: word for name, word in asked_of(backend).items() if name not in chosen}
+    acted = {entry.field for entry in entries}
+    own = {rule.field: rule.own for rule in MODULE_RULES.values()}
+    for field, choice in asked.items():
+        if field not in acted and choice != own.get(field):
+            yield f"{field}={choice} has nothing to act on in this model"
+    if backend.dispatcher != "torch" and "dispatcher" not in chosen:
+        yield (
+            f"dispatcher={backend.dispatcher} has nothing to act on: transformers' experts get "
+            "their tokens without one"
+        )
+    if not backend.enable_hf_state_dict_adapter:
+        yield "enable_hf_state_dict_adapter=False has no effect: names stay Hugging Face's"
+    if backend.enable_fsdp_optimizations:
+        yield (
+            "enable_fsdp_optimizations=True is not a matter of modules: hold gradients back with "
+            "gradient_sync(model, step)"
+        )

@@ -1,0 +1,53 @@
+"""Which linear layers can be Transformer Engine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from automodel_fn.convert._around import Around
+from automodel_fn.convert._parts import Part
+from automodel_fn.convert._rules import Rule
+
+_MULTIPLE = 16
+
+
+def _is_linear(part: Part, around: Around) -> bool:
+    return issubclass(part.own, nn.Linear)
+
+
+def _refusal(part: Part, around: Around) -> str:
+    module: Any = part.module
+    if part.own.forward is not nn.Linear.forward:
+        return f"{part.class_name} has a forward of its own"
+    if "parametrizations" in module._modules:
+        return "its parameters are parametrized"
+    weight = module.weight
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"its weight is stored in {str(weight.dtype).removeprefix('torch.')}"
+    if around.asked["te_fp8"] != "none":
+        for name in ("in_features", "out_features"):
+            if getattr(module, name) % _MULTIPLE:
+                size = getattr(module, name)
+                return f"{name}={size} is no multiple of {_MULTIPLE}, as FP8 needs"
+    return ""
+
+
+def _keeping(part: Part, around: Around) -> str:
+    if part.module is around.head:
+        return "the head: its product is that of the logits or of the loss"
+    own = {f"{name}.weight" if name else "weight" for name in part.names}
+    weight: Any = part.module._parameters.get("weight")
+    others = [name for name in around.names_of.get(id(weight), ()) if name not in own]
+    return f"its weight is tied to {others[0]}" if others else ""
+
+
+LINEAR_RULE = Rule(
+    "linear",
+    own="torch",
+    is_candidate=_is_linear,
+    refusal=_refusal,
+    keeping=_keeping,
+    is_listed=True,
+)

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from automodel_fn import BackendConfig, BackendPlan, CastPlan, ConfigError
+from automodel_fn.cli._backends import asked_backend
+
+SMALL = ("--steps", 2, "--microbatches", 1, "--batch-size", 1, "--seq-len", 16)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "backend.yaml"
+    path.write_text("attn: eager\nrms_norm: torch_fp32\n")
+    return path
+
+
+def test_nothing_asked_is_no_backend():
+    assert asked_backend(None, {"attn": None, "linear": None}) is None
+
+
+def test_fields_stand_over_the_file(file):
+    found = asked_backend(file, {"attn": "sdpa", "rope_fusion": "false", "linear": None})
+
+    assert found == BackendConfig(attn="sdpa", rms_norm="torch_fp32", rope_fusion=False)
+
+
+def test_a_file_may_be_json(tmp_path):
+    path = tmp_path / "backend.json"
+    path.write_text('{"attn": "eager"}')
+
+    assert asked_backend(path, {}) == BackendConfig(attn="eager")
+
+
+@pytest.mark.parametrize("text", ["attn: [", "atn: eager", "attn: egaer"])
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path, text):
+    path = tmp_path / "backend.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"backend='.*backend\.yaml'"):
+        asked_backend(path, {})
+
+
+def test_a_file_that_there_is_not_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        asked_backend(tmp_path / "none.yaml", {})
+
+
+def test_with_a_backend_both_plans_are_shown(cli, file):
+    code, out, err = cli("plan", "llama", "--backend", file)
+
+    assert (code, err) == (0, "")
+    assert "Cast plan" in out
+    assert "Backend plan" in out
+    assert "rms_norm=torch -> torch_fp32" in out
+    assert out.index("attn=sdpa -> eager") < out.index("linear=torch")
+
+
+def test_json_has_both_plans(cli, file):
+    code, out, _ = cli("plan", "llama", "--backend", file, "--linear", "torch", "--json")
+
+    found = json.loads(out)
+    assert code == 0
+    assert CastPlan.from_json(json.dumps(found["cast_plan"])).dtype == torch.bfloat16
+    plan = BackendPlan.from_json(json.dumps(found["backend_plan"]))
+    assert {e.after for e in plan.entries if e.field == "attn"} == {"eager"}
+
+
+def test_what_cannot_run_here_is_an_error(cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = cli("plan", "llama", "--linear", "te")
+
+    assert code == 2
+    assert "this backend cannot run here" in err
+
+
+def test_a_run_is_trained_with_its_backend_and_says_so(cli, tmp_path, text_file, file):
+    out = tmp_path / "run"
+    code, printed, err = cli(
+        *("train", "--model", "llama", "--data", text_file, "--out", out, *SMALL),
+        *("--backend", file, "--loss", "fused", "--quiet", "--json"),
+    )
+
+    assert code == 0, err
+    settings = json.loads(printed)["settings"]
+    assert (settings["backend"]["attn"], settings["backend"]["loss"]) == ("eager", "fused")
+    plan = BackendPlan.from_json((out / "backend_plan.json").read_text())
+    assert {e.after for e in plan.entries if e.field == "loss"} == {"fused"}

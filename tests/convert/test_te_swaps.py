@@ -1,0 +1,198 @@
+import copy
+import pickle
+import sys
+import types
+
+import attrs
+import pytest
+import torch
+from convert_families import OWN, batch_of, small_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from automodel_fn import apply, backend_plan, step_context
+from automodel_fn.backend import Availability
+from automodel_fn.convert import _variants
+
+TE = attrs.evolve(OWN, linear="te")
+pytestmark = pytest.mark.usefixtures("classes")
+
+
+@pytest.fixture
+def llama():
+    return small_model("llama")
+
+
+@pytest.fixture
+def autocasts(classes, monkeypatch):
+    """Transformer Engine's autocast, which writes down when it is entered and left."""
+    entered = []
+
+    class Autocast:
+        def __init__(self, enabled, recipe):
+            self.recipe = recipe
+
+        def __enter__(self):
+            entered.append(self.recipe)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    quantization = types.ModuleType("transformer_engine.pytorch.quantization")
+    quantization.autocast = Autocast
+    recipes = types.ModuleType("transformer_engine.common.recipe")
+    recipes.Float8CurrentScaling = lambda: "current"
+    package = sys.modules["transformer_engine"]
+    monkeypatch.setattr(package, "__version__", "2.20.2", raising=False)
+    monkeypatch.setitem(sys.modules, quantization.__name__, quantization)
+    monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("common"))
+    monkeypatch.setitem(sys.modules, recipes.__name__, recipes)
+    usable = types.SimpleNamespace(can_run=True, reason="can run")
+    monkeypatch.setattr(Availability, "verdict", lambda *_: usable)
+    # A class that was made in another test enters that test's autocast.
+    _variants._made.cache_clear()
+    yield entered
+    _variants._made.cache_clear()
+
+
+def actions(plan, field):
+    return {each.name: (each.action, each.reason) for each in plan.entries if each.field == field}
+
+
+def test_linear_layers_become_transformer_engines_and_keep_their_parameters(llama, gpu, classes):
+    parameters, keys = dict(llama.named_parameters()), list(llama.state_dict())
+    apply(backend_plan(llama, TE, availability=gpu))
+    layer = llama.model.layers[0].mlp.up_proj
+
+    assert isinstance(layer, classes.linear)
+    assert isinstance(layer, nn.Linear)
+    assert all(parameters[name] is each for name, each in llama.named_parameters())
+    assert list(llama.state_dict()) == keys
+    assert layer.num_quantizations == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_they_compute_with_the_same_weights(bias, gpu, classes):
+    model = nn.Sequential(nn.Linear(32, 16, bias=bias))
+    made = classes.linear(32, 16, bias=bias)
+    made.load_state_dict(model[0].state_dict())
+    apply(backend_plan(model, TE, availability=gpu))
+    x = torch.randn(3, 32)
+
+    assert torch.equal(model(x), made(x))
+
+
+def test_they_see_the_step(llama, gpu):
+    apply(backend_plan(llama, TE, availability=gpu))
+    batch, layer = batch_of("llama"), llama.model.layers[0].mlp.up_proj
+    for first in (True, False, False):
+        with step_context(first_microbatch=first):
+            llama(**batch).loss.backward()
+
+    assert layer.num_quantizations == 1
+
+
+def test_undo_brings_back_all_that_was_there(llama, gpu, state):
+    before = state(llama)
+    report = apply(backend_plan(llama, attrs.evolve(TE, rms_norm="te"), availability=gpu))
+    llama(**batch_of("llama"))
+    report.undo()
+
+    assert state(llama) == before
+
+
+def test_copies_and_pickles_run_as_the_swapped_model_does(gpu):
+    model = nn.Sequential(nn.Linear(32, 16))
+    apply(backend_plan(model, TE, availability=gpu))
+    x = torch.randn(3, 32)
+
+    again = copy.deepcopy(model)
+    assert torch.equal(again(x), model(x))
+    assert type(again[0]) is type(model[0])
+    how = model[0].__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    assert type(how[0](*how[1])) is type(model[0])
+
+
+def test_the_head_stays(llama, gpu):
+    action, reason = actions(backend_plan(llama, TE, availability=gpu), "linear")["lm_head"]
+
+    assert action == "keep"
+    assert reason.startswith("the head")
+
+
+def test_a_tied_weight_stays(gpu):
+    model = nn.ModuleDict({"embed": nn.Embedding(32, 16), "out": nn.Linear(16, 32, bias=False)})
+    model["out"].weight = model["embed"].weight
+    plan = backend_plan(model, TE, availability=gpu)
+
+    assert actions(plan, "linear") == {"out": ("keep", "its weight is tied to embed.weight")}
+
+
+def test_a_size_that_fp8_cannot_have_is_skipped_with_fp8_only(gpu):
+    model = nn.Sequential(nn.Linear(32, 20), nn.Linear(32, 32))
+    with_fp8 = backend_plan(model, attrs.evolve(TE, te_fp8="current"), availability=gpu)
+
+    assert actions(with_fp8, "linear")["0"] == (
+        "skip",
+        "out_features=20 is no multiple of 16, as FP8 needs",
+    )
+    assert actions(with_fp8, "linear")["1"][0] == "swap"
+    assert actions(backend_plan(model, TE, availability=gpu), "linear")["0"][0] == "swap"
+
+
+def test_a_linear_with_a_forward_of_its_own_is_skipped(gpu):
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    plan = backend_plan(nn.Sequential(Odd(16, 16)), TE, availability=gpu)
+
+    assert actions(plan, "linear")["0"] == ("skip", "Odd has a forward of its own")
+
+
+def test_norms_become_transformer_engines(llama, gpu, classes):
+    apply(backend_plan(llama, attrs.evolve(OWN, rms_norm="te"), availability=gpu))
+    x = torch.randn(3, 32)
+    own = small_model("llama").model.norm
+
+    assert isinstance(llama.model.norm, classes.rms_norm)
+    assert llama.model.norm.eps == llama.model.norm.variance_epsilon
+    torch.testing.assert_close(llama.model.norm(x), own(x))
+
+
+def test_fp8_is_on_in_the_model_and_in_each_block_that_is_recomputed(llama, gpu, autocasts):
+    plan = backend_plan(llama, attrs.evolve(TE, te_fp8="current"), availability=gpu)
+
+    assert set(actions(plan, "te_fp8")) == {"", "model.layers.0", "model.layers.1"}
+    apply(plan)
+    autocasts.clear()
+    llama(**batch_of("llama"))
+    assert autocasts == ["current", *["current", "left"] * 2, "left"]
+
+
+def test_a_recompute_runs_in_fp8(llama, gpu, autocasts):
+    apply(backend_plan(llama, attrs.evolve(TE, te_fp8="current"), availability=gpu))
+    llama.activation_checkpointing_enable()
+    loss = llama(**batch_of("llama"), use_cache=False).loss
+    autocasts.clear()
+    loss.backward()
+
+    assert autocasts == ["current", "left"] * 2
+
+
+def test_where_no_block_is_recomputed_fp8_is_on_in_each_layer(gpu, autocasts):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    apply(backend_plan(model, attrs.evolve(TE, te_fp8="current"), availability=gpu))
+    loss = checkpoint(model[1], model[0](torch.randn(2, 16)), use_reentrant=False).sum()
+    autocasts.clear()
+    loss.backward()
+
+    assert autocasts[:1] == ["current"]
+
+
+def test_fp8_without_a_layer_to_act_on_is_a_note(gpu):
+    plan = backend_plan(
+        nn.Sequential(nn.ReLU()), attrs.evolve(TE, te_fp8="current"), availability=gpu
+    )
+
+    assert "te_fp8=current has nothing to act on in this model" in plan.notes
