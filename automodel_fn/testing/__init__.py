@@ -1,8 +1,6 @@
 """Strategies and laws for property tests of your own models; needs hypothesis."""
 
 from automodel_fn.errors import BackendUnavailableError
-from automodel_fn.testing._laws_swap import check_swaps
-from automodel_fn.testing._strategies_backends import cpu_backends
 
 try:
     import hypothesis  # noqa: F401 # pyright: ignore[reportUnusedImport] - to say what is missing
@@ -34,10 +32,11 @@ from automodel_fn.testing._laws_plan import check_plan_is_pure
 from automodel_fn.testing._laws_resolve import check_resolve
 from automodel_fn.testing._laws_rope import check_relative_positions, check_rope
 from automodel_fn.testing._laws_step import StepScopeMachine
+from automodel_fn.testing._laws_swap import check_swaps
 from automodel_fn.testing._laws_temporary import check_temporary_cast
 from automodel_fn.testing._stand_ins import te_stand_ins
 from automodel_fn.testing._strategies_arguments import pin_patterns, step_contexts
-from automodel_fn.testing._strategies_backends import availabilities, backend_configs
+from automodel_fn.testing._strategies_backends import availabilities, backend_configs, cpu_backends
 from automodel_fn.testing._strategies_loss import lm_head_loss_arguments
 from automodel_fn.testing._strategies_models import models
 from automodel_fn.testing._strategies_ops import (
