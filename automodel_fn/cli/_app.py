@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from automodel_fn.cli import _options as options
+
+if TYPE_CHECKING:
+    from automodel_fn.cli._settings import TrainSettings
 
 app = typer.Typer(
     name="automodel-fn",
@@ -66,9 +69,7 @@ def train(
     Exit code 1: a check failed. 2: an input is not usable. 130: Ctrl-C, with a readable run folder.
     """
     from automodel_fn.cli._backends import asked_backend
-    from automodel_fn.cli._display import Display, console
     from automodel_fn.cli._settings import TrainSettings
-    from automodel_fn.cli._train import train as run
 
     fields = {
         "attn": attn,
@@ -94,15 +95,7 @@ def train(
         seed=seed,
         out=out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"),
     )
-    display = Display(console(stderr=as_json), is_quiet=quiet or as_json)
-    try:
-        report = run(settings, display)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; what there is stands in {settings.out}", 130)
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    if report.failed:
-        _fail("; ".join(f"check failed: {c.claim} ({c.evidence})" for c in report.failed), 1)
+    _run_training(settings, is_quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -233,6 +226,21 @@ def main() -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _run_training(settings: TrainSettings, *, is_quiet: bool, as_json: bool) -> None:
+    from automodel_fn.cli._display import Display, console
+    from automodel_fn.cli._train import train as run
+
+    display = Display(console(stderr=as_json), is_quiet=is_quiet or as_json)
+    try:
+        report = run(settings, display)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; what there is stands in {settings.out}", 130)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    if report.failed:
+        _fail("; ".join(f"check failed: {c.claim} ({c.evidence})" for c in report.failed), 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
