@@ -39,7 +39,7 @@ def check_rms_norm_residual(
         y, total = rms_norm_fp32(x, weight, eps, weight_multiply=weight_multiply, residual=residual)
         expected = (x + residual).to(x.dtype)
         normed = rms_norm_fp32(expected, weight, eps, weight_multiply=weight_multiply)
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, residual)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, residual)]
     with_gradients = rms_norm_fp32(
         leaves[0], weight, eps, weight_multiply=weight_multiply, residual=leaves[1]
     )
@@ -93,7 +93,7 @@ def check_swiglu(gate: Tensor, up: Tensor) -> None:
     before = (fact_of(gate), fact_of(up))
     with torch.no_grad():
         found = swiglu(gate, up)
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (gate, up)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (gate, up)]
     wrong = wrong_elements(fact_of(swiglu(*leaves).detach()), fact_of(found))
     demand(not wrong, f"swiglu has other bits where gradients are wanted, at {wrong[:5]}")
     demand(found.dtype == gate.dtype, f"swiglu gives {found.dtype} for {gate.dtype}")

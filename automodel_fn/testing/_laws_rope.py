@@ -53,7 +53,7 @@ def check_rope(
     before = [fact_of(x) for x in given]
     options: Any = {"position_ids": position_ids, "layout": layout, "interleaved": interleaved}
     found = apply_rope(q, k, cos, sin, **options)
-    leaf_q, leaf_k = (x.detach().clone().requires_grad_() for x in (q, k))
+    leaf_q, leaf_k = (x.detach().requires_grad_() for x in (q, k))
     again = apply_rope(leaf_q, leaf_k, cos, sin, **options)
     gradients = torch.autograd.grad(again, (leaf_q, leaf_k), (q, k))
     rows = _rows_by_token(q.shape[_TOKEN[layout]], cos, sin, position_ids)

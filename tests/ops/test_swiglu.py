@@ -126,3 +126,9 @@ def test_all_that_does_not_fit_is_said_at_once():
 def test_two_dtypes_are_an_error():
     with pytest.raises(ConfigError, match=r"torch\.float32.*torch\.bfloat16"):
         swiglu(torch.ones(2), torch.ones(2).bfloat16())
+
+
+def test_strided_the_law_compares_what_lies_alike_in_memory():
+    # Of float64, PyTorch's vectors and its single values differ in the last bit.
+    gate, up = torch.randn(2, 512, 8, dtype=torch.float64)[..., ::2]
+    check_swiglu(gate, up)
