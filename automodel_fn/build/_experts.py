@@ -55,7 +55,7 @@ def gate(
     wrong: list[str] = []
     if score not in ("softmax", "sigmoid"):
         wrong.append(f"score={score!r} must be 'softmax' or 'sigmoid'")
-    if isinstance(top_k, int) and isinstance(num_experts, int) and top_k > num_experts:
+    if all(isinstance(size, int) for size in sizes.values()) and top_k > num_experts:
         wrong.append(f"top_k={top_k} must be at most num_experts={num_experts}")
     stored = check_arguments("a gate", "torch", ("torch",), sizes, dtype, wrong)
     chosen: Any = score
