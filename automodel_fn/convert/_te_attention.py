@@ -26,6 +26,13 @@ _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _NOT_TAKEN = ("s_aux", "softcap", "position_bias")
 
 
+class _Cores(dict[Any, Any]):
+    """The modules made so far, by sizes; a copy or pickle has none."""
+
+    def __reduce__(self) -> tuple[type[_Cores], tuple[()]]:
+        return _Cores, ()
+
+
 class _Registry:
     """Stands in for transformers' registry: whatever is asked for, it is one function."""
 
@@ -106,7 +113,7 @@ def _namespace(below: type[Any], choice: str) -> Namespace:
 
 
 def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:
-    return {_CORES: {}}
+    return {_CORES: _Cores()}
 
 
 def _refusal(part: Part, around: Around) -> str:

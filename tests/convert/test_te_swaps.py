@@ -250,6 +250,7 @@ def test_padding_is_masked_and_without_it_there_is_no_mask(llama, gpu, attention
     batch["attention_mask"][:, :3] = 0
     found, expected = llama(**batch).logits, own(**batch).logits
 
+    assert copy.deepcopy(llama).model.layers[0].self_attn.te_cores == {}
     (core,) = llama.model.layers[0].self_attn.te_cores.values()
     assert core.kinds == ["causal", "arbitrary"]
     torch.testing.assert_close(found[:, 3:], expected[:, 3:], rtol=1e-4, atol=1e-5)
@@ -267,6 +268,15 @@ def test_attention_with_sinks_is_left_alone(gpu, attention):
 
     assert {action for action, _ in found.values()} == {"skip"}
     assert all("sinks" in reason for _, reason in found.values())
+
+
+def test_fp8_is_left_off_where_a_layer_has_a_size_that_it_cannot_have(gpu, autocasts):
+    model = nn.Sequential(nn.Linear(32, 20), nn.Linear(20, 32))
+    apply(backend_plan(model, TE, availability=gpu))
+    plan = backend_plan(model, attrs.evolve(TE, te_fp8="current"), availability=gpu)
+
+    assert {action for action, _ in actions(plan, "te_fp8").values()} == {"skip"}
+    assert actions(plan, "te_fp8")["1"][1].startswith("1: in_features=20 is no multiple of 16")
 
 
 def test_fp8_without_a_layer_to_act_on_is_a_note(gpu):
