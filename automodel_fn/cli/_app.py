@@ -71,16 +71,7 @@ def train(
     from automodel_fn.cli._backends import asked_backend
     from automodel_fn.cli._settings import TrainSettings
 
-    fields = {
-        "attn": attn,
-        "linear": linear,
-        "rms_norm": rms_norm,
-        "rope_fusion": rope_fusion,
-        "swiglu": swiglu,
-        "loss": loss,
-        "experts": experts,
-        "te_fp8": fp8,
-    }
+    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, experts, fp8)
     settings = TrainSettings(
         model=model,
         data=tuple(data or ()),
@@ -125,16 +116,7 @@ def plan(
     from automodel_fn.cli._display import Display, console
     from automodel_fn.cli._plan import make_plan, plans_json
 
-    fields = {
-        "attn": attn,
-        "linear": linear,
-        "rms_norm": rms_norm,
-        "rope_fusion": rope_fusion,
-        "swiglu": swiglu,
-        "loss": loss,
-        "experts": experts,
-        "te_fp8": fp8,
-    }
+    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, experts, fp8)
     made, swaps = make_plan(
         model,
         dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -10,20 +10,24 @@ import attrs
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.errors import ConfigError
 
+FIELDS = ("attn", "linear", "rms_norm", "rope_fusion", "swiglu", "loss", "experts", "te_fp8")
+"""Those that have an option, in the order in which the commands give them."""
+
 _WORDS = {"true": True, "false": False}
 
 
-def asked_backend(file: Path | None, fields: Mapping[str, str | None]) -> BackendConfig | None:
+def asked_backend(file: Path | None, fields: Sequence[str | None]) -> BackendConfig | None:
     """The backend of a file, with the fields that were given; None if nothing was asked for.
 
     Args:
         file: YAML, or JSON where its name ends so; without it the default.
-        fields: Field and value, None for those that were not given.
+        fields: The values of FIELDS, None for those that were not given.
 
     Raises:
         ConfigError: The file cannot be read, or something in it or in the fields is wrong.
     """
-    given = {name: _value(value) for name, value in fields.items() if value is not None}
+    named = zip(FIELDS, fields, strict=True)
+    given = {name: _value(value) for name, value in named if value is not None}
     if file is None:
         return BackendConfig.from_dict(given) if given else None
     return attrs.evolve(_read(file), **given)

@@ -78,12 +78,16 @@ def _config_finding(entry: ModuleSwap, part: Part, by_name: dict[str, Part]) -> 
 
 
 def _unknown(plan: BackendPlan, parts: Sequence[Part], model_scan: ModelScan) -> Iterator[str]:
-    """Modules that a field of the plan acts on, and that the plan does not know."""
+    """Modules that a field of the plan acts on, and that the plan does not know.
+
+    Of the fields of which a plan lists every module; others list what they change.
+    """
     planned = {(entry.name, entry.field) for entry in plan.entries}
     fields = {entry.field for entry in plan.entries}
     asked = {entry.field: entry.after for entry in plan.entries}
     around = look_around(parts, model_scan, asked)
-    for field, rule in MODULE_RULES.items():
+    listed = {field: rule for field, rule in MODULE_RULES.items() if rule.is_listed}
+    for field, rule in listed.items():
         for part in parts if field in fields else ():
             is_planned = (part.names[0], field) in planned
             if not is_planned and rule.is_candidate(part, around):

@@ -20,7 +20,8 @@ class ModuleSwap:
         names: The FQN of the module, then the others under which it is registered; without wrappers
             such as `_orig_mod`, and "" for the model itself. Where one setting of a config is
             several modules', all of these.
-        field: The field of BackendConfig.
+        field: The field of BackendConfig; attention by Transformer Engine is a field of its own,
+            "te_attn".
         module_class: The name of the module's own class.
         before: By which backend it runs now, in the words of the field.
         after: By which it will.

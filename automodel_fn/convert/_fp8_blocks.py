@@ -8,6 +8,7 @@ from typing import Any
 from automodel_fn.backend._fp8 import TEFp8Config
 from automodel_fn.convert._around import Around
 from automodel_fn.convert._parts import Part
+from automodel_fn.convert._rule_linear import unfit_for_fp8
 from automodel_fn.convert._rules import Rule
 from automodel_fn.convert._settings import Behaviour, Namespace
 
@@ -27,10 +28,23 @@ def _is_block(part: Part, around: Around) -> bool:
     return id(part.module) in around.fp8_blocks
 
 
+def _refusal(part: Part, around: Around) -> str:
+    """What in it became Transformer Engine's at a time when FP8 was not asked for."""
+    beneath = f"{part.names[0]}." if part.names[0] else ""
+    for each in around.parts:
+        is_within = each is part or each.names[0].startswith(beneath)
+        if is_within and each.settings.get("linear") == "te":
+            linear: Any = each.module
+            if unfit := unfit_for_fp8(linear):
+                return f"{each.names[0]}: {unfit}"
+    return ""
+
+
 TE_FP8 = Behaviour(_namespace)
 TE_FP8_RULE = Rule(
     "te_fp8",
     own="none",
     is_candidate=_is_block,
+    refusal=_refusal,
     reason="as asked, around its forward, so that a recompute of it runs in FP8 too",
 )

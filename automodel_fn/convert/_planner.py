@@ -87,7 +87,9 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
     """
     precision, fp8 = backend.gate_precision, backend.te_fp8
     return {
-        "attn": backend.attn,
+        # Transformer Engine's function takes the masks that transformers makes for sdpa.
+        "attn": "sdpa" if backend.attn == "te" else backend.attn,
+        "te_attn": str(backend.attn == "te"),
         "linear": backend.linear,
         "rms_norm": backend.rms_norm,
         "experts": backend.experts,
@@ -134,6 +136,7 @@ def _notes(resolution: Resolution, entries: tuple[ModuleSwap, ...]) -> Iterator[
     """What is asked for by name and acts on nothing."""
     backend = resolution.backend
     chosen = {each.name for each in resolution.fields if each.is_chosen}
+    chosen |= {"te_attn"} if "attn" in chosen else set()
     asked = {name: word for name, word in asked_of(backend).items() if name not in chosen}
     acted = {entry.field for entry in entries}
     own = {rule.field: rule.own for rule in MODULE_RULES.values()}

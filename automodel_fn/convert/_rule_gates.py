@@ -19,6 +19,8 @@ def _is_router(part: Part, around: Around) -> bool:
 
 
 def _keeping(part: Part, around: Around) -> str:
+    if around.asked["fake_balanced_gate"] != "False":
+        return "the fake gate takes the place of the router"
     is_wide = {"type", "float32"} <= names_in(part.own)
     is_asked = around.asked["gate_precision"] == "float32"
     return "its own code projects in float32" if is_wide and is_asked else ""

@@ -26,11 +26,20 @@ def _refusal(part: Part, around: Around) -> str:
     weight = module.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"its weight is stored in {str(weight.dtype).removeprefix('torch.')}"
-    if around.asked["te_fp8"] != "none":
-        for name in ("in_features", "out_features"):
-            if getattr(module, name) % _MULTIPLE:
-                size = getattr(module, name)
-                return f"{name}={size} is no multiple of {_MULTIPLE}, as FP8 needs"
+    return unfit_for_fp8(module) if around.asked["te_fp8"] != "none" else ""
+
+
+def unfit_for_fp8(linear: nn.Linear) -> str:
+    """Which size of a layer is none that FP8 can have; "" if both are.
+
+    Example:
+        >>> unfit_for_fp8(nn.Linear(32, 20)), unfit_for_fp8(nn.Linear(32, 16))
+        ('out_features=20 is no multiple of 16, as FP8 needs', '')
+    """
+    for name in ("in_features", "out_features"):
+        size = getattr(linear, name)
+        if size % _MULTIPLE:
+            return f"{name}={size} is no multiple of {_MULTIPLE}, as FP8 needs"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -46,8 +47,16 @@ def _of_model(model: Part) -> str:
     module: Any = model.module
     if uses_super(model.own):
         return f"the forward of {model.class_name} asks for super()"
+    if not _takes_return_dict(model.own):
+        return f"the forward of {model.class_name} takes no return_dict"
     name = getattr(module.loss_function, "__name__", "another one")
     return "" if name == _CAUSAL else f"its loss is {name}, and not {_CAUSAL}"
+
+
+def _takes_return_dict(cls: type[nn.Module]) -> bool:
+    parameters = inspect.signature(cls.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return takes_any or "return_dict" in parameters
 
 
 def _of_head(head: Part) -> str:

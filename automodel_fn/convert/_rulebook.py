@@ -14,6 +14,7 @@ from automodel_fn.convert._rule_linear import LINEAR_RULE
 from automodel_fn.convert._rule_loss import LOSS_RULE
 from automodel_fn.convert._rule_norm import RMS_NORM_RULE
 from automodel_fn.convert._rules import Rule
+from automodel_fn.convert._te_attention import TE_ATTENTION_RULE
 
 MODULE_RULES: Mapping[str, Rule] = {
     rule.field: rule
@@ -21,6 +22,7 @@ MODULE_RULES: Mapping[str, Rule] = {
         LINEAR_RULE,
         RMS_NORM_RULE,
         ROPE_RULE,
+        TE_ATTENTION_RULE,
         SWIGLU_RULE,
         GATE_PRECISION_RULE,
         FAKE_GATE_RULE,

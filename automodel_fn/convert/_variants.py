@@ -20,11 +20,13 @@ from automodel_fn.convert._mlps import SWIGLU
 from automodel_fn.convert._norms import RMS_NORM
 from automodel_fn.convert._ropes import ROPE
 from automodel_fn.convert._settings import OWN, SETTINGS, Behaviour, Settings
+from automodel_fn.convert._te_attention import TE_ATTENTION
 
 BEHAVIOURS: Mapping[str, Behaviour] = {
     "linear": LINEAR,
     "rms_norm": RMS_NORM,
     "rope_fusion": ROPE,
+    "te_attn": TE_ATTENTION,
     "swiglu": SWIGLU,
     "gate_precision": GATE_PRECISION,
     "fake_balanced_gate": FAKE_GATE,

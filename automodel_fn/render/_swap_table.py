@@ -36,14 +36,11 @@ def swap_table(plan: Plan, title: str = "Backend plan") -> Table:
     said = ", ".join(f"{counts[action]} {action}" for action in _ORDER if counts[action])
     table = Table(title=title, caption=said or "nothing", box=SIMPLE_HEAD, title_justify="left")
     table.caption_justify = "left"
-    for heading, options in (
-        ("modules", {"overflow": "fold", "ratio": 4}),
-        ("n", {"justify": "right", "no_wrap": True}),
-        ("class", {"overflow": "fold", "ratio": 2}),
-        ("backend", {"overflow": "fold", "ratio": 3}),
-        ("why", {"overflow": "fold", "ratio": 4}),
-    ):
-        table.add_column(heading, **options)
+    table.add_column("modules", overflow="fold", ratio=4)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("class", overflow="fold", ratio=2)
+    table.add_column("backend", overflow="fold", ratio=3)
+    table.add_column("why", overflow="fold", ratio=4)
     for group in sorted(grouped(rows), key=lambda group: _ORDER.index(group.first.action)):
         row = group.first
         more = f" (+{row.num_aliases})" if row.num_aliases else ""

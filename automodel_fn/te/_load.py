@@ -29,7 +29,7 @@ def load_te_classes() -> TEClasses:
     Raises:
         BackendUnavailableError: It is not installed, cannot be imported, or is too old.
     """
-    module = _import()
+    module = load_te_module()
     missing = [name for name in _NAMES.values() if not hasattr(module, name)]
     if missing:
         raise BackendUnavailableError(
@@ -37,6 +37,15 @@ def load_te_classes() -> TEClasses:
             "pip install --upgrade 'transformer-engine[pytorch]>=2.0'."
         )
     return TEClasses(**{field: getattr(module, name) for field, name in _NAMES.items()})
+
+
+def load_te_module() -> Any:
+    """`transformer_engine.pytorch`, which is imported now if it was not yet.
+
+    Raises:
+        BackendUnavailableError: It is not installed, or cannot be imported.
+    """
+    return _import()
 
 
 def recipe_reader() -> Callable[[], object]:

@@ -36,7 +36,11 @@ from automodel_fn.testing._laws_swap import check_swaps
 from automodel_fn.testing._laws_temporary import check_temporary_cast
 from automodel_fn.testing._stand_ins import te_stand_ins
 from automodel_fn.testing._strategies_arguments import pin_patterns, step_contexts
-from automodel_fn.testing._strategies_backends import availabilities, backend_configs, cpu_backends
+from automodel_fn.testing._strategies_backends import (
+    availabilities,
+    backend_configs,
+    cpu_backends,
+)
 from automodel_fn.testing._strategies_loss import lm_head_loss_arguments
 from automodel_fn.testing._strategies_models import models
 from automodel_fn.testing._strategies_ops import (

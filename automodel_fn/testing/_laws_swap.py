@@ -15,9 +15,6 @@ from automodel_fn.convert._planner import backend_plan
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.testing._facts import demand, demand_none
 
-BACK = None
-"""A move: take back the last plan that stands."""
-
 
 def check_swaps(model: nn.Module, moves: Sequence[BackendConfig | None]) -> None:
     """Law: plans, and the inverses of those that stand, end where they began, and say where.
@@ -41,7 +38,7 @@ def check_swaps(model: nn.Module, moves: Sequence[BackendConfig | None]) -> None
     before, kept = _facts(model), _kept(model)
     standing: list[BackendPlan] = []
     for move in moves:
-        if move is not BACK:
+        if move is not None:
             plan = backend_plan(model, move)
             apply_backend_plan(plan, model)
             demand_none("not as planned", _unlike(plan, model, move))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from automodel_fn import BackendConfig, BackendPlan, CastPlan, ConfigError
-from automodel_fn.cli._backends import asked_backend
+from automodel_fn.cli._backends import FIELDS, asked_backend
 
+NOTHING = (None,) * len(FIELDS)
 SMALL = ("--steps", 2, "--microbatches", 1, "--batch-size", 1, "--seq-len", 16)
 
 
@@ -17,11 +18,11 @@ def file(tmp_path):
 
 
 def test_nothing_asked_is_no_backend():
-    assert asked_backend(None, {"attn": None, "linear": None}) is None
+    assert asked_backend(None, NOTHING) is None
 
 
 def test_fields_stand_over_the_file(file):
-    found = asked_backend(file, {"attn": "sdpa", "rope_fusion": "false", "linear": None})
+    found = asked_backend(file, ("sdpa", None, None, "false", None, None, None, None))
 
     assert found == BackendConfig(attn="sdpa", rms_norm="torch_fp32", rope_fusion=False)
 
@@ -30,7 +31,7 @@ def test_a_file_may_be_json(tmp_path):
     path = tmp_path / "backend.json"
     path.write_text('{"attn": "eager"}')
 
-    assert asked_backend(path, {}) == BackendConfig(attn="eager")
+    assert asked_backend(path, NOTHING) == BackendConfig(attn="eager")
 
 
 @pytest.mark.parametrize("text", ["attn: [", "atn: eager", "attn: egaer"])
@@ -38,12 +39,12 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path, text):
     path = tmp_path / "backend.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"backend='.*backend\.yaml'"):
-        asked_backend(path, {})
+        asked_backend(path, NOTHING)
 
 
 def test_a_file_that_there_is_not_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        asked_backend(tmp_path / "none.yaml", {})
+        asked_backend(tmp_path / "none.yaml", NOTHING)
 
 
 def test_with_a_backend_both_plans_are_shown(cli, file):

@@ -31,6 +31,15 @@ def test_a_fake_gate_gives_every_expert_as_many_tokens(family):
     model(**batch_of(family)).loss.backward()
 
 
+def test_where_the_gate_is_fake_its_precision_is_kept():
+    asked = attrs.evolve(OWN, fake_balanced_gate=True, gate_precision="fp32")
+    plan = backend_plan(small_model("qwen3_moe"), asked)
+
+    assert {e.reason for e in plan.entries if e.field == "gate_precision"} == {
+        "the fake gate takes the place of the router"
+    }
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
 def test_the_experts_of_a_token_are_distinct_and_there_are_such(noise):
     found = even_experts(1000, Router(7, 3), noise, torch.device("cpu"))

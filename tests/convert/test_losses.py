@@ -150,6 +150,21 @@ def test_another_loss_is_left_alone(llama):
     }
 
 
+def test_a_forward_that_can_return_tuples_only_is_left_alone(llama):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head, self.loss_function = nn.Linear(4, 8), llama.loss_function
+
+        def forward(self, x, labels=None):
+            logits = self.lm_head(x)
+            return (self.loss_function(logits, labels, 8), logits)
+
+    assert {each.reason for each in entries(Plain()).values()} == {
+        "the forward of Plain takes no return_dict"
+    }
+
+
 def test_another_head_is_left_alone(llama):
     class Scaled(nn.Linear):
         def forward(self, input):

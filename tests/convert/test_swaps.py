@@ -144,6 +144,17 @@ def test_a_copy_and_a_pickle_run_as_the_swapped_model_does(llama):
         assert type(again.model.norm).__mro__[1] is nn.Module
 
 
+def test_what_was_swapped_in_part_is_taken_back_and_made_again(llama, state):
+    before = state(llama)
+    apply(backend_plan(llama, attrs.evolve(OWN, compile_attn=True), skip="model.layers.0"))
+    partly = state(llama)
+    report = apply(backend_plan(llama, OWN))
+    assert state(llama) == before
+    report.undo()
+
+    assert state(llama) == partly
+
+
 def test_there_is_nothing_to_take_a_checksum_of(llama):
     with pytest.raises(ConfigError, match="changes no tensor"):
         apply(backend_plan(llama, OTHER), checksum=True)

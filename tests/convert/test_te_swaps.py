@@ -190,6 +190,95 @@ def test_where_no_block_is_recomputed_fp8_is_on_in_each_layer(gpu, autocasts):
     assert autocasts[:1] == ["current"]
 
 
+class DotProductAttention(nn.Module):
+    """Transformer Engine's, in what is asked of it: batch first, True masks out."""
+
+    def __init__(
+        self,
+        num_attention_heads,
+        kv_channels,
+        num_gqa_groups,
+        attention_dropout,
+        qkv_format,
+        softmax_scale,
+    ):
+        super().__init__()
+        assert qkv_format == "bshd"
+        self.scale, self.kinds = softmax_scale, []
+
+    def forward(self, q, k, v, attention_mask, attn_mask_type, qkv_format):
+        assert (attention_mask is None) == (attn_mask_type != "arbitrary")
+        self.kinds.append(attn_mask_type)
+        heads = (each.transpose(1, 2) for each in (q, k, v))
+        found = nn.functional.scaled_dot_product_attention(
+            *heads,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attn_mask_type == "causal",
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        return found.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def attention():
+    sys.modules["transformer_engine.pytorch"].DotProductAttention = DotProductAttention
+    return attrs.evolve(OWN, attn="te", experts="torch_mm")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "qwen3_vl"])
+def test_attention_becomes_transformer_engines_and_computes_the_same(family, gpu, attention):
+    model, batch = small_model(family), batch_of(family)
+    expected, own = model(**batch), type(model.model)
+    keys = list(model.state_dict())
+    report = apply(backend_plan(model, attention, availability=gpu))
+    found = model(**batch)
+
+    assert report.num_swaps >= 2
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == keys
+    assert any(getattr(each, "te_cores", None) for each in model.modules())
+    report.undo()
+    assert torch.equal(model(**batch).logits, expected.logits)
+    assert type(model.model) is own
+
+
+def test_padding_is_masked_and_without_it_there_is_no_mask(llama, gpu, attention):
+    apply(backend_plan(llama, attention, availability=gpu))
+    batch, own = batch_of("llama"), small_model("llama")
+    llama(**batch)
+    batch["attention_mask"][:, :3] = 0
+    found, expected = llama(**batch).logits, own(**batch).logits
+
+    assert copy.deepcopy(llama).model.layers[0].self_attn.te_cores == {}
+    (core,) = llama.model.layers[0].self_attn.te_cores.values()
+    assert core.kinds == ["causal", "arbitrary"]
+    torch.testing.assert_close(found[:, 3:], expected[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_with_a_sliding_window_is_left_alone(gpu, attention):
+    found = actions(backend_plan(small_model("gemma3"), attention, availability=gpu), "te_attn")
+
+    assert {action for action, _ in found.values()} == {"skip"}
+    assert all("sliding window" in reason for _, reason in found.values())
+
+
+def test_attention_with_sinks_is_left_alone(gpu, attention):
+    found = actions(backend_plan(small_model("gpt_oss"), attention, availability=gpu), "te_attn")
+
+    assert {action for action, _ in found.values()} == {"skip"}
+    assert all("sinks" in reason for _, reason in found.values())
+
+
+def test_fp8_is_left_off_where_a_layer_has_a_size_that_it_cannot_have(gpu, autocasts):
+    model = nn.Sequential(nn.Linear(32, 20), nn.Linear(20, 32))
+    apply(backend_plan(model, TE, availability=gpu))
+    plan = backend_plan(model, attrs.evolve(TE, te_fp8="current"), availability=gpu)
+
+    assert {action for action, _ in actions(plan, "te_fp8").values()} == {"skip"}
+    assert actions(plan, "te_fp8")["1"][1].startswith("1: in_features=20 is no multiple of 16")
+
+
 def test_fp8_without_a_layer_to_act_on_is_a_note(gpu):
     plan = backend_plan(
         nn.Sequential(nn.ReLU()), attrs.evolve(TE, te_fp8="current"), availability=gpu

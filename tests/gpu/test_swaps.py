@@ -1,0 +1,97 @@
+import attrs
+import pytest
+import torch
+import transformers
+
+from automodel_fn import BackendConfig, apply, backend_plan, step_context
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+OWN = BackendConfig(
+    attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False, swiglu="torch", loss="torch"
+)
+FUSED = {"rms_norm": "torch_fp32", "rope_fusion": True, "swiglu": "fused", "loss": "fused"}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 512,
+}
+
+
+def model_of(family, dtype):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES)
+    with torch.device("cuda"):
+        return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).train()
+
+
+def loss_and_gradients(model):
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(0, 512, (2, 64), device="cuda", generator=generator)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), gradients
+
+
+def assert_alike(model, backend, tolerance):
+    expected, gradients = loss_and_gradients(model)
+    keys = list(model.state_dict())
+    report = apply(backend_plan(model, backend))
+    assert report.num_swaps
+    found, ours = loss_and_gradients(model)
+
+    assert list(model.state_dict()) == keys
+    assert abs(found - expected) < tolerance * abs(expected)
+    for name, gradient in gradients.items():
+        error = (ours[name].float() - gradient.float()).norm()
+        assert error < tolerance * gradient.float().norm() + 1e-5, name
+    report.undo()
+    again, _ = loss_and_gradients(model)
+    assert abs(again - expected) < 1e-3 * abs(expected)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(
+    "fields", [FUSED, {"attn": "eager"}, {"attn": "flex"}, {"compile_attn": True}]
+)
+def test_a_swapped_model_computes_what_the_own_one_does(family, dtype, tolerance, fields):
+    assert_alike(model_of(family, dtype), attrs.evolve(OWN, **fields), tolerance)
+
+
+@pytest.mark.usefixtures("classes")
+@pytest.mark.parametrize(
+    "fields", [{"linear": "te"}, {"rms_norm": "te"}, {"attn": "te"}, {**FUSED, "linear": "te"}]
+)
+def test_modules_of_transformer_engine_compute_what_the_own_ones_do(fields):
+    assert_alike(model_of("Llama", torch.bfloat16), attrs.evolve(OWN, **fields), 5e-2)
+
+
+@pytest.mark.usefixtures("classes")
+def test_in_fp8_the_loss_is_near_and_so_it_is_with_recomputes_and_kept_weights():
+    model = model_of("Llama", torch.bfloat16)
+    expected, _ = loss_and_gradients(model)
+    apply(backend_plan(model, attrs.evolve(OWN, **FUSED, linear="te", te_fp8="current")))
+    first, gradients = loss_and_gradients(model)
+
+    assert abs(first - expected) < 0.05 * abs(expected)
+    model.activation_checkpointing_enable()
+    for is_first in (True, False):
+        with step_context(first_microbatch=is_first):
+            again, recomputed = loss_and_gradients(model)
+        assert abs(again - first) < 1e-3 * abs(first)
+        for name, gradient in gradients.items():
+            error = (recomputed[name].float() - gradient.float()).norm()
+            assert error < 2e-2 * gradient.float().norm() + 1e-5, name
