@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
@@ -41,27 +42,38 @@ def _model(below: type[Any]) -> Namespace:
         is_dict = given.pop("return_dict", None)
         if is_dict is None:
             is_dict = self.config.return_dict
-        found = below.forward(_without_logits(self), **given, return_dict=True)
+        seen = without_logits(self, partial(_loss, self.lm_head, softcap_of(self)))
+        found = below.forward(seen, **given, return_dict=True)
         output = type(found)(**{name: value for name, value in found.items() if name != "logits"})
         return output if is_dict else output.to_tuple()
 
     return {"forward": forward}
 
 
-def _without_logits(model: Any) -> Overlay:
-    """The model as its own forward is to see it: logits are hidden states, until the loss."""
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    replaced: dict[str, Any] = {
-        "lm_head": _as_it_is,
-        "loss_function": partial(_loss, model.lm_head, softcap),
-    }
-    if softcap is not None:
-        replaced["config"] = Overlay(model.config, final_logit_softcapping=None)
-    return Overlay(model, **replaced)
+def softcap_of(model: Any) -> float | None:
+    """By what a model caps its logits, in transformers' usual name; None if by nothing."""
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
-def _as_it_is(hidden_states: Tensor) -> Tensor:
-    return hidden_states
+def without_logits(model: Any, loss_function: Callable[..., Any], /, **replaced: Any) -> Overlay:
+    """The model as its own forward is to see it: logits are hidden states, until the loss.
+
+    Args:
+        model: The model.
+        loss_function: What is called in the place of its own, with hidden states for logits.
+        replaced: Further attributes that are seen otherwise.
+    """
+    seen: dict[str, Any] = {"lm_head": _LaterHead(model.lm_head), "loss_function": loss_function}
+    if softcap_of(model) is not None:
+        seen["config"] = Overlay(model.config, final_logit_softcapping=None)
+    return Overlay(model, **{**seen, **replaced})
+
+
+class _LaterHead(Overlay):
+    """The head, with its attributes, that gives hidden states back as they are."""
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
 
 
 def _loss(

@@ -22,7 +22,7 @@ class Overlay:
         tensor([1., 1.])
     """
 
-    def __init__(self, module: nn.Module, **replaced: Any) -> None:
+    def __init__(self, module: Any, /, **replaced: Any) -> None:
         self.__dict__.update(replaced, overlaid_module=module)
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from automodel_fn.convert._around import Around
+from automodel_fn.convert._logits_trial import scales_logits_only
 from automodel_fn.convert._overlay import names_in, uses_super
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule, common_refusal
@@ -39,7 +40,7 @@ def _refusal(part: Part, around: Around) -> str:
     pattern = around.skipped.get(id(head)) or around.skipped.get(id(model.module))
     if pattern is not None:
         return f"skip={pattern!r}, of the model or of its head: both are needed"
-    reasons = (*map(common_refusal, (model, found[0])), _of_model(model), _of_head(found[0]))
+    reasons = (*map(common_refusal, (model, found[0])), _of_head(found[0]), _of_model(model))
     return next(filter(None, reasons), "")
 
 
@@ -50,7 +51,11 @@ def _of_model(model: Part) -> str:
     if not _takes_return_dict(model.own):
         return f"the forward of {model.class_name} takes no return_dict"
     name = getattr(module.loss_function, "__name__", "another one")
-    return "" if name == _CAUSAL else f"its loss is {name}, and not {_CAUSAL}"
+    if name != _CAUSAL:
+        return f"its loss is {name}, and not {_CAUSAL}"
+    if not scales_logits_only(module, model.own):
+        return "tried without its body, its forward does more to its logits than to scale them"
+    return ""
 
 
 def _takes_return_dict(cls: type[nn.Module]) -> bool:

@@ -3,6 +3,7 @@ import inspect
 import attrs
 import pytest
 import torch
+import transformers
 from convert_families import OWN, batch_of, small_model
 from torch import nn
 
@@ -148,6 +149,64 @@ def test_another_loss_is_left_alone(llama):
     assert {each.reason for each in entries(llama).values()} == {
         "its loss is weighted, and not ForCausalLMLoss"
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: torch.tanh(logits),
+        lambda logits: logits[..., :-1],
+        lambda logits: logits + 1,
+        lambda logits: logits.clamp(max=0.1),
+    ],
+)
+def test_a_model_that_changes_its_logits_is_left_alone(change):
+    class Changing(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            hidden_states = self.model(input_ids, **kwargs).last_hidden_state
+            logits = change(self.lm_head(hidden_states))
+            loss = self.loss_function(logits, labels, logits.shape[-1])
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    found = entries(Changing(small_model("llama").config))
+    assert {each.action for each in found.values()} == {"skip"}
+    assert all("more to its logits than to scale them" in e.reason for e in found.values())
+
+
+def test_scaled_logits_have_their_loss_too():
+    config = transformers.GraniteConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        logits_scaling=3.0,
+    )
+    own = transformers.GraniteForCausalLM(config).train()
+    batch = batch_of("llama")
+    expected = own(**batch).loss
+    apply(backend_plan(own, FUSED))
+
+    assert own(**batch).logits is None
+    torch.testing.assert_close(own(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("attribute", ["weight", "out_features"])
+def test_a_forward_may_look_at_its_head(attribute):
+    class Looking(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            hidden_states = self.model(input_ids, **kwargs).last_hidden_state
+            getattr(self.lm_head, attribute)
+            logits = self.lm_head(hidden_states)
+            loss = self.loss_function(logits, labels, self.config.vocab_size)
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    model, batch = Looking(small_model("llama").config).train(), batch_of("llama")
+    expected = model(**batch).loss
+    apply(backend_plan(model, FUSED))
+
+    torch.testing.assert_close(model(**batch).loss, expected)
 
 
 def test_a_forward_that_can_return_tuples_only_is_left_alone(llama):
