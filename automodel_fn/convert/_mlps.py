@@ -60,12 +60,14 @@ def _is_swiglu(module: nn.Module, own: type[Any]) -> bool:
     gate, up = probe_tensor(4, 8), probe_tensor(4, 8, seed=1)
     packed = torch.cat((gate, up), -1)
     try:
-        with torch.no_grad(), torch.device("cpu"):
+        # As in training, since a dropout would be left out; its numbers are not those of the model.
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=()):
             if hasattr(own, "_apply_gate"):
                 found = own._apply_gate(module, packed)
             else:
                 seen = Overlay(
                     module,
+                    training=True,
                     gate_proj=lambda _: gate,
                     up_proj=lambda _: up,
                     gate_up_proj=lambda _: packed,

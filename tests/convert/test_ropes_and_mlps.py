@@ -52,6 +52,29 @@ def test_an_mlp_of_another_activation_is_skipped(gpu):
     assert {each.reason for each in found.values()} == {"it computes no silu(gate) * up"}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_an_mlp_with_a_dropout_is_skipped_whatever_the_mode(gpu, dropout, is_training):
+    config = transformers.SeedOssConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=96,
+        residual_dropout=dropout,
+    )
+    model, random = (
+        transformers.SeedOssForCausalLM(config).train(is_training),
+        torch.get_rng_state(),
+    )
+    found = by_name(backend_plan(model, FUSED, availability=gpu), "swiglu")
+
+    assert found["model.layers.0.mlp"].action == ("skip" if dropout else "swap")
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 def test_a_packed_projection_is_split_where_it_lies(gpu):
     config = transformers.Phi3Config(
         hidden_size=32,
