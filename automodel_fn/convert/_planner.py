@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
+import attrs
 from torch import nn
 
 from automodel_fn.backend._availability import Availability
@@ -59,10 +60,12 @@ def backend_plan(
     model_scan, parts = scanned(model)
     asked = asked_of(resolution.backend)
     around = look_around(parts, model_scan, asked, skipped_parts(parts, skip))
-    entries = tuple(_entries(around))
+    chosen = {each.name for each in resolution.fields if each.is_chosen}
+    chosen |= {"te_attn"} if "attn" in chosen else set()
+    entries = tuple(_explained(entry, chosen) for entry in _entries(around))
     return BackendPlan(
         entries,
-        notes=tuple(_notes(resolution, entries)),
+        notes=tuple(_notes(resolution.backend, chosen, entries)),
         model_ref=WeakObjects(model),
     )
 
@@ -132,11 +135,17 @@ def _entries(around: Around) -> Iterator[ModuleSwap]:
                 yield entry
 
 
-def _notes(resolution: Resolution, entries: tuple[ModuleSwap, ...]) -> Iterator[str]:
+def _explained(entry: ModuleSwap, chosen: Collection[str]) -> ModuleSwap:
+    """With what "auto" chose told apart from what was asked for by name."""
+    if entry.field not in chosen:
+        return entry
+    return attrs.evolve(entry, reason=entry.reason.replace("as asked", "as 'auto' chose"))
+
+
+def _notes(
+    backend: BackendConfig, chosen: Collection[str], entries: tuple[ModuleSwap, ...]
+) -> Iterator[str]:
     """What is asked for by name and acts on nothing."""
-    backend = resolution.backend
-    chosen = {each.name for each in resolution.fields if each.is_chosen}
-    chosen |= {"te_attn"} if "attn" in chosen else set()
     asked = {name: word for name, word in asked_of(backend).items() if name not in chosen}
     acted = {entry.field for entry in entries}
     own = {rule.field: rule.own for rule in MODULE_RULES.values()}

@@ -43,6 +43,16 @@ def test_what_runs_as_asked_is_kept_and_says_so(llama):
     assert entry_of(plan, "model.norm", "rms_norm").reason == "its own code, as asked"
 
 
+def test_what_auto_chose_is_told_apart_from_what_was_asked_for(llama):
+    plan = backend_plan(llama, attrs.evolve(OWN, rope_fusion="auto", rms_norm="torch_fp32"))
+
+    attention = "model.layers.0.self_attn"
+    assert entry_of(plan, attention, "rope_fusion").reason == "as 'auto' chose"
+    assert entry_of(plan, "model.norm", "rms_norm").reason == "as asked"
+    named = backend_plan(llama, attrs.evolve(OWN, rope_fusion=True))
+    assert entry_of(named, attention, "rope_fusion").reason == "as asked"
+
+
 def test_what_was_asked_for_is_swapped_with_the_class_it_is_of(llama):
     found = entry_of(
         backend_plan(llama, attrs.evolve(OWN, rms_norm="torch_fp32")), "model.norm", "rms_norm"
