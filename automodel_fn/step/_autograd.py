@@ -15,9 +15,12 @@ forwards and backwards, with nothing asked of the caller.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import sys
 import threading
+import time
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -83,8 +86,44 @@ class Timeline:
         return OFF if index < 0 else self.steps[index]
 
 
-_KEPT: list[Timeline] = []
-"""Each timeline that autograd was given, for ever: it may hold a pointer without a reference."""
+class _Handed:
+    """What autograd holds for a thread, kept for ever: it may be a pointer without a reference.
+
+    Args:
+        timeline: That of this thread, in an entry that nobody else refers to.
+    """
+
+    __slots__ = ("_num_references", "_thread", "entry")
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.entry = (timeline,)
+        self._thread = weakref.ref(threading.current_thread())
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.entry))
+        _c._stash_obj_in_tls(_KEY, self.entry)
+        self._num_references = sys.getrefcount(self.entry)
+
+    def is_to_be_dropped(self) -> bool:
+        """Whether the thread has ended, and autograd has not let go yet."""
+        thread = self._thread()
+        has_ended = thread is None or not thread.is_alive()
+        return has_ended and sys.getrefcount(self.entry) >= self._num_references
+
+
+_HANDED: list[_Handed] = []
+_PATIENCE = 1.0
+"""How many seconds the end of a program waits at most."""
+
+
+@atexit.register
+def _wait_for_ended_threads() -> None:
+    """Let autograd drop what it holds for threads that have ended, before the interpreter ends.
+
+    It does so when a thread has ended for Python already, and has to enter the interpreter for it.
+    One that is ending itself lets nobody in, and PyTorch would abort the process.
+    """
+    end = time.monotonic() + _PATIENCE
+    while any(handed.is_to_be_dropped() for handed in _HANDED) and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def check_torch() -> None:
@@ -122,10 +161,8 @@ def hand_to_autograd(timeline: Timeline) -> None:
     Once a thread and never replaced: torch 2.11 does not take a reference of its own but drops one
     when the entry goes, so an entry must stay, and one reference more is taken here.
     """
-    _KEPT.append(timeline)
     if not _c._is_key_in_tls(_KEY):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(timeline))
-        _c._stash_obj_in_tls(_KEY, timeline)
+        _HANDED.append(_Handed(timeline))
 
 
 def evaluation() -> Evaluation | None:
@@ -146,7 +183,7 @@ def forward_step(current: Evaluation) -> StepContext:
     """
     if not _c._is_key_in_tls(_KEY):
         return OFF
-    timeline: Timeline = _c._get_obj_in_tls(_KEY)
+    timeline: Timeline = _c._get_obj_in_tls(_KEY)[0]
     if _is_begun_by_a_backward(timeline.thread):
         return OFF
     return timeline.at(current[1])

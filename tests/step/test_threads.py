@@ -1,4 +1,6 @@
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from automodel_fn import ScopeError, StepContext, bind, current_step, step_context
+from automodel_fn.step import _autograd
 
 OFF = StepContext()
 FIRST = StepContext(True)
@@ -185,3 +188,44 @@ def test_bind_is_right_in_a_thread_with_scopes_of_its_own(block, leaf, in_thread
 
     in_thread(work)
     assert block.seen == [FIRST, FIRST]
+
+
+def enter_a_scope_in_a_thread():
+    def enter():
+        with step_context(first_microbatch=True):
+            pass
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+
+
+def test_the_end_of_a_program_waits_until_autograd_has_let_go_of_ended_threads():
+    for _ in range(20):
+        enter_a_scope_in_a_thread()
+        _autograd._wait_for_ended_threads()
+
+        assert not any(handed.is_to_be_dropped() for handed in _autograd._HANDED)
+
+
+def test_the_end_of_a_program_waits_no_longer_than_it_must(monkeypatch):
+    monkeypatch.setattr(_autograd, "_PATIENCE", 0.01)
+    monkeypatch.setattr(_autograd._Handed, "is_to_be_dropped", lambda handed: True)
+    with step_context(first_microbatch=True):
+        pass
+
+    _autograd._wait_for_ended_threads()
+
+
+def test_a_program_asks_for_ended_threads_at_its_end():
+    program = (
+        "from automodel_fn import step_context\n"
+        "from automodel_fn.step import _autograd\n"
+        "_autograd._Handed.is_to_be_dropped = lambda handed: print('asked')\n"
+        "with step_context(first_microbatch=True):\n"
+        "    pass\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+    assert done.stdout.split() == [b"asked"]
