@@ -6,6 +6,15 @@ import sys
 
 import pytest
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
+
+# As for the properties, so that one profile says how long both take.
+slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
+common = {"deadline": None, "suppress_health_check": slow_is_fine}
+settings.register_profile("dev", max_examples=25, **common)
+settings.register_profile("ci", max_examples=200, derandomize=True, database=None, **common)
+settings.register_profile("nightly", max_examples=2000, print_blob=True, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 START = """
 import os, sys, warnings

@@ -100,6 +100,11 @@ class Conversion:
             for name, owner, tensor in zip(self.names, self.owners, self.tensors, strict=True)
         )
 
+    def _first_bytes(self) -> int:
+        if self.is_one_storage:
+            return self.num_bytes
+        return sum(map(num_values, self.tensors[: self.ends[0]])) * self.to_dtype.itemsize
+
     def exchange(self) -> Exchange:
         """The exchange that carries it out."""
         return Exchange(
@@ -108,7 +113,7 @@ class Conversion:
             make=self.made,
             ends=self.ends,
             num_bytes=self.num_bytes,
-            first_bytes=sum(map(num_values, self.tensors[: self.ends[0]])) * self.to_dtype.itemsize,
+            first_bytes=self._first_bytes(),
             can_finish=not is_wider(self.to_dtype, self.from_dtype)
             and all(map(_is_bound_to_finish, set(map(type, self.tensors)))),
             is_divisible=not self.is_one_storage,

@@ -39,15 +39,6 @@ def load_te_classes() -> TEClasses:
     return TEClasses(**{field: getattr(module, name) for field, name in _NAMES.items()})
 
 
-def load_te_module() -> Any:
-    """`transformer_engine.pytorch`, which is imported now if it was not yet.
-
-    Raises:
-        BackendUnavailableError: It is not installed, or cannot be imported.
-    """
-    return _import()
-
-
 def recipe_reader() -> Callable[[], object]:
     """What gives the FP8 recipe in force, and None where FP8 is off.
 
@@ -87,7 +78,12 @@ def _recipes(manager: Any) -> Callable[[], object]:
     return read
 
 
-def _import() -> Any:
+def load_te_module() -> Any:
+    """`transformer_engine.pytorch`, which is imported now if it was not yet.
+
+    Raises:
+        BackendUnavailableError: It is not installed, or cannot be imported.
+    """
     try:
         return importlib.import_module(_MODULE)
     # What its shared libraries raise varies: a missing file, an undefined symbol, no driver.

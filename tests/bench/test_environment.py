@@ -1,5 +1,7 @@
 """What is said of subjects that cannot be loaded."""
 
+import warnings
+
 import attrs
 import pytest
 
@@ -30,3 +32,12 @@ def test_what_is_missing_is_named_without_a_folder_of_this_machine(package, hint
     assert said.startswith("it cannot be imported: cannot import name 'no_such_function'")
     assert "/" not in said
     assert said.endswith(hint)
+
+
+def test_what_an_import_warns_of_is_not_passed_on(recwarn):
+    benchmark = BENCHMARKS["cast"]
+    warns = attrs.evolve(benchmark.subjects[0], load=lambda: warnings.warn("old", stacklevel=1))
+
+    report = environment_report(attrs.evolve(benchmark, subjects=(warns,)), "cpu")
+
+    assert (report["absent"], len(recwarn)) == ({}, 0)

@@ -14,13 +14,14 @@ from torch import nn
 
 from automodel_fn import apply, bf16, cast_plan, fp16, fp32, temporary_cast
 from automodel_fn.cast._batches import batches_of, conversions_of
+from automodel_fn.cast._conversions import Conversion
 from automodel_fn.cast._convert import (
     LARGE,
     converted_at_once,
     converted_together,
     fetch_memory,
 )
-from automodel_fn.cast._exchange import Exchange, exchange
+from automodel_fn.cast._exchange import Exchange, _Run, exchange
 from automodel_fn.cast._tensors import scan
 
 CONVERSION = {"aten::_to_copy"}
@@ -194,6 +195,29 @@ def test_memory_for_a_view_with_gaps_that_is_cast_beside_its_storage_is_set_asid
     model = make_holder(all=nn.Parameter(flat), some=nn.Parameter(flat[:, ::2]))
 
     assert reserved(cast_plan(model, bf16), monkeypatch) == [(1000 + 500) * bf16.itemsize]
+
+
+def test_a_gpu_is_asked_once_for_the_reserve_and_the_first_step(monkeypatch):
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: asked.append(size) or empty(0))
+    tensor = SimpleNamespace(device=torch.device("cuda"))
+    one, other = (
+        SimpleNamespace(
+            tensors=(tensor,), ends=(1,), num_bytes=size, first_bytes=first, can_finish=True
+        )
+        for size, first in ((4, 7), (6, 100))
+    )
+
+    _Run([one, other], False, False).reserve()
+
+    assert asked == [6 + 7, 6]
+
+
+def test_the_first_step_of_views_takes_their_storage_once():
+    flat = torch.ones(10)
+    views = Conversion.of_one_storage(("a", "b", "c"), (flat, flat[:5], flat[:]), bf16)
+
+    assert views.exchange().first_bytes == views.num_bytes == 20
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, RuntimeError])

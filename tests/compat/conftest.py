@@ -1,7 +1,6 @@
 import importlib
 import importlib.metadata
 import logging
-import os
 import sys
 import types
 import warnings
@@ -10,20 +9,11 @@ from contextlib import contextmanager, suppress
 import attrs
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from automodel_fn.compat import nemo
 from automodel_fn.testing import te_stand_ins
 
 ORIGINAL = "nemo_automodel.components.models.common.utils"
-
-# As for the properties, so that one profile says how long both take.
-slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
-common = {"deadline": None, "suppress_health_check": slow_is_fine}
-settings.register_profile("dev", max_examples=25, **common)
-settings.register_profile("ci", max_examples=200, derandomize=True, database=None, **common)
-settings.register_profile("nightly", max_examples=2000, print_blob=True, **common)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def _imported():
