@@ -281,3 +281,16 @@ def test_a_plan_keeps_neither_modules_nor_tensors():
 
     assert plan.entries
     assert [reference() for reference in references] == [None] * 3
+
+
+def test_a_model_with_a_tensor_of_another_class_is_not_known():
+    class Own(nn.Parameter):
+        pass
+
+    model = made()
+    plan = cast_plan(model, bf16)
+    assert known(plan, model) is not None
+
+    model[0].proj.weight.__class__ = Own
+
+    assert known(plan, model) is None
