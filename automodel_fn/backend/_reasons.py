@@ -14,7 +14,8 @@ FUSED_ROPE = (
     "every product: log-probabilities in bf16 differ slightly (NeMo Automodel #3027)"
 )
 FUSED_LOSS = (
-    "the fused loss makes no logits: in training, where labels are given, output.logits is None"
+    "the fused loss makes no logits: in training, where labels are given, output.logits is "
+    "None; loss='torch' keeps them"
 )
 _FLEX = ("deepep", "hybridep", "uccl_ep")
 _FLEX_OPTIONS: Mapping[str, tuple[str, ...]] = {

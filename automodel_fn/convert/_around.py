@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -20,6 +20,7 @@ class Around:
     Args:
         parts: Every module of the model.
         asked: The choice for each field, as text.
+        chosen: The fields whose choice was left to "auto".
         skipped: By the id of each module that is to be left alone, by which pattern.
         by_name: Every module by every name.
         names_of: By the id of each parameter, all of its names.
@@ -29,11 +30,16 @@ class Around:
 
     parts: Sequence[Part]
     asked: Mapping[str, str] = attrs.field(kw_only=True)
+    chosen: Collection[str] = attrs.field(kw_only=True)
     skipped: Mapping[int, str] = attrs.field(kw_only=True)
     by_name: Mapping[str, Part] = attrs.field(kw_only=True)
     names_of: Mapping[int, tuple[str, ...]] = attrs.field(kw_only=True)
     head: nn.Module | None = attrs.field(kw_only=True)
     fp8_blocks: frozenset[int] = attrs.field(kw_only=True)
+
+    def as_asked(self, field: str) -> str:
+        """By whom the choice for a field was made, in words."""
+        return "as 'auto' chose" if field in self.chosen else "as asked"
 
     def above(self, part: Part) -> Iterator[Part]:
         """The part, then what is around it, innermost first."""
@@ -44,6 +50,8 @@ def look_around(
     parts: Sequence[Part],
     tensors: ModelScan,
     asked: Mapping[str, str],
+    *,
+    chosen: Collection[str] = (),
     skipped: Mapping[int, str] | None = None,
 ) -> Around:
     """All that rules look at, found once."""
@@ -52,6 +60,7 @@ def look_around(
     return Around(
         parts,
         asked=asked,
+        chosen=chosen,
         skipped=skipped or {},
         by_name=by_name,
         names_of={id(item.tensor): item.names for item in tensors.tensors},

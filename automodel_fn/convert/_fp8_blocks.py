@@ -46,5 +46,5 @@ TE_FP8_RULE = Rule(
     own="none",
     is_candidate=_is_block,
     refusal=_refusal,
-    reason="as asked, around its forward, so that a recompute of it runs in FP8 too",
+    remark=", around its forward, so that a recompute of it runs in FP8 too",
 )

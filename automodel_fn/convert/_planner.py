@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-import attrs
 from torch import nn
 
 from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.backend._fp8 import RECIPES, TEFp8Config
 from automodel_fn.backend._probe import probe
+from automodel_fn.backend._reasons import FUSED_LOSS
 from automodel_fn.backend._resolve import Resolution, resolve
 from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.convert._around import Around, look_around
-from automodel_fn.convert._entries import ModuleSwap
+from automodel_fn.convert._entries import SKIP, ModuleSwap
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
@@ -59,13 +59,17 @@ def backend_plan(
     resolution = _resolved(backend, availability)
     model_scan, parts = scanned(model)
     asked = asked_of(resolution.backend)
-    around = look_around(parts, model_scan, asked, skipped_parts(parts, skip))
-    chosen = {each.name for each in resolution.fields if each.is_chosen}
-    chosen |= {"te_attn"} if "attn" in chosen else set()
-    entries = tuple(_explained(entry, chosen) for entry in _entries(around))
+    around = look_around(
+        parts,
+        model_scan,
+        asked,
+        chosen=_chosen(resolution),
+        skipped=skipped_parts(parts, skip),
+    )
+    entries = tuple(_entries(around))
     return BackendPlan(
         entries,
-        notes=tuple(_notes(resolution.backend, chosen, entries)),
+        notes=tuple(_notes(resolution.backend, around, entries)),
         model_ref=WeakObjects(model),
     )
 
@@ -121,6 +125,12 @@ def _recipe_name(fp8: TEFp8Config) -> str:
     )
 
 
+def _chosen(resolution: Resolution) -> frozenset[str]:
+    """The fields of a plan whose choice was left to "auto"."""
+    chosen = {each.name for each in resolution.fields if each.is_chosen}
+    return frozenset(chosen | ({"te_attn"} if "attn" in chosen else set()))
+
+
 def _entries(around: Around) -> Iterator[ModuleSwap]:
     """One for each module and field, and one for each config, where its first reader stands."""
     by_first: dict[int, list[ModuleSwap]] = {}
@@ -135,24 +145,33 @@ def _entries(around: Around) -> Iterator[ModuleSwap]:
                 yield entry
 
 
-def _explained(entry: ModuleSwap, chosen: Collection[str]) -> ModuleSwap:
-    """With what "auto" chose told apart from what was asked for by name."""
-    if entry.field not in chosen:
-        return entry
-    return attrs.evolve(entry, reason=entry.reason.replace("as asked", "as 'auto' chose"))
-
-
 def _notes(
-    backend: BackendConfig, chosen: Collection[str], entries: tuple[ModuleSwap, ...]
+    backend: BackendConfig, around: Around, entries: tuple[ModuleSwap, ...]
 ) -> Iterator[str]:
-    """What is asked for by name and acts on nothing."""
-    asked = {name: word for name, word in asked_of(backend).items() if name not in chosen}
-    acted = {entry.field for entry in entries}
-    own = {rule.field: rule.own for rule in MODULE_RULES.values()}
-    for field, choice in asked.items():
-        if field not in acted and choice != own.get(field):
-            yield f"{field}={choice} has nothing to act on in this model"
-    if backend.dispatcher != "torch" and "dispatcher" not in chosen:
+    """What is asked for by name and comes to nothing, and what "auto" takes away."""
+    by_field: dict[str, list[ModuleSwap]] = {}
+    for entry in entries:
+        by_field.setdefault(entry.field, []).append(entry)
+    for field, choice in around.asked.items():
+        found = by_field.get(field, [])
+        if field not in around.chosen:
+            yield from _in_vain(field, choice, found)
+        elif field == "loss" and any(entry.changes and entry.after == "fused" for entry in found):
+            yield FUSED_LOSS
+    yield from _without_modules(backend, around)
+
+
+def _in_vain(field: str, choice: str, entries: Sequence[ModuleSwap]) -> Iterator[str]:
+    if entries and all(entry.action == SKIP for entry in entries):
+        yield f"{field}={choice} was asked for, and no module got it: {entries[0].reason}"
+    rule = MODULE_RULES.get(field)
+    if not entries and not (rule is not None and choice == rule.own):
+        yield f"{field}={choice} has nothing to act on in this model"
+
+
+def _without_modules(backend: BackendConfig, around: Around) -> Iterator[str]:
+    """Fields that no module of transformers reads."""
+    if backend.dispatcher != "torch" and "dispatcher" not in around.chosen:
         yield (
             f"dispatcher={backend.dispatcher} has nothing to act on: transformers' experts get "
             "their tokens without one"

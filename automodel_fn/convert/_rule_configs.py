@@ -74,7 +74,9 @@ class ConfigRule:
             shared = "" if len(left) == len(readers) else ", whose config all of these read"
             return SKIP, f"skip={pattern!r}{shared}"
         refusal = self.refusal(readers[0], around, asked)
-        return (SKIP, refusal) if refusal else (SWAP, "as asked, by their config")
+        if refusal:
+            return SKIP, refusal
+        return SWAP, f"{around.as_asked(self.field)}, by their config"
 
 
 def _reads_attention(part: Part) -> bool:

@@ -38,6 +38,6 @@ GATE_PRECISION_RULE = Rule(
     is_candidate=_is_router,
     refusal=_refusal,
     keeping=_keeping,
-    reason="as asked: it projects in that dtype; its scores are what its own code makes of that",
+    remark=": it projects in that dtype; its scores are what its own code makes of that",
 )
 FAKE_GATE_RULE = Rule("fake_balanced_gate", own="False", is_candidate=_is_router)

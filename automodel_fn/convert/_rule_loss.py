@@ -76,5 +76,5 @@ LOSS_RULE = Rule(
     is_candidate=_has_loss,
     refusal=_refusal,
     is_listed=True,
-    reason="as asked: in training, where labels are given, logits are None",
+    remark=": in training, where labels are given, logits are None",
 )

@@ -29,7 +29,7 @@ class Rule:
         refusal: Why the module cannot have what was asked for, or "".
         keeping: Why the module is better left as it is, or "".
         is_listed: Whether modules are listed also where they run and were asked to run as they are.
-        reason: Why a module is swapped.
+        remark: What is to be known of a swapped module, after who asked for it.
     """
 
     field: str
@@ -38,7 +38,7 @@ class Rule:
     refusal: Refusal = attrs.field(default=_no_refusal, kw_only=True)
     keeping: Refusal = attrs.field(default=_no_refusal, kw_only=True)
     is_listed: bool = attrs.field(default=False, kw_only=True)
-    reason: str = attrs.field(default="as asked", kw_only=True)
+    remark: str = attrs.field(default="", kw_only=True)
 
     def entry(self, part: Part, around: Around) -> ModuleSwap | None:
         """What becomes of a module; None if it is none of this field's business."""
@@ -62,17 +62,19 @@ class Rule:
         pattern = around.skipped.get(id(part.module))
         if pattern is not None:
             return SKIP, f"skip={pattern!r}"
+        who = around.as_asked(self.field)
         if asked == before:
-            return KEEP, f"already {asked}" if asked != self.own else "its own code, as asked"
+            words = f"already {asked}" if asked != self.own else f"its own code, {who}"
+            return KEEP, words
         refusal = common_refusal(part)
         if asked != self.own:
             keeping = self.keeping(part, around)
             if keeping:
                 return KEEP, keeping
             refusal = refusal or self.refusal(part, around)
-        return (
-            (SKIP, refusal) if refusal else (SWAP, "as asked" if asked == self.own else self.reason)
-        )
+        if refusal:
+            return SKIP, refusal
+        return SWAP, who if asked == self.own else who + self.remark
 
 
 def common_refusal(part: Part) -> str:

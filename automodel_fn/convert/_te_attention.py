@@ -134,5 +134,5 @@ TE_ATTENTION_RULE = Rule(
     own="False",
     is_candidate=is_attention,
     refusal=_refusal,
-    reason="as asked by attn='te'; its masks are those of sdpa",
+    remark=", by attn='te'; its masks are those of sdpa",
 )
