@@ -88,6 +88,7 @@ def carry_out(changes: Sequence[Change]) -> None:
                 check_interrupt()
                 change.exchange()
                 done.append(change)
+            check_interrupt()
         except BaseException:
             for change in reversed(done):
                 change.exchange()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -13,15 +15,37 @@ from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule
 from automodel_fn.convert._settings import Behaviour, Namespace
 
+_CACHES = ("cache", "past_key_values")
+
 
 def _namespace(below: type[Any], choice: str) -> Namespace:
-    compiled = torch.compile(below.forward)
+    compiled: dict[Any, Callable[..., Any]] = {}
 
     @wraps(below.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return compiled(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return below.forward(self, *args, **kwargs)
+        # A cache is asked for its layer by number, so that each layer has a graph of its own.
+        has_cache = any(kwargs.get(name) is not None for name in _CACHES)
+        layer = getattr(self, "layer_idx", None) if has_cache else None
+        if layer not in compiled:
+            compiled[layer] = torch.compile(_copied(below.forward))
+        return compiled[layer](self, *args, **kwargs)
 
     return {"forward": forward}
+
+
+def _copied(function: types.FunctionType) -> types.FunctionType:
+    """The function with code of its own: graphs are counted by code, and those of 8 are all."""
+    copied = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def is_attention(part: Part, around: Around) -> bool:
