@@ -75,4 +75,4 @@ def _is_multiple(found: Any, of: Tensor) -> bool:
     if not isinstance(found, Tensor) or found.shape != of.shape:
         return False
     scale = (found * of).sum() / (of * of).sum()
-    return bool(scale) and torch.allclose(found.float(), scale * of, rtol=1e-5, atol=1e-6)
+    return torch.allclose(found.float(), scale * of, rtol=1e-5, atol=1e-6)

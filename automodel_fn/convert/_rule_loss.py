@@ -37,7 +37,8 @@ def _refusal(part: Part, around: Around) -> str:
     found = [each for each in around.parts if each.module is head]
     if not found:
         return "the model has no lm_head"
-    pattern = around.skipped.get(id(head)) or around.skipped.get(id(model.module))
+    # Who skips the model skips all beneath it.
+    pattern = around.skipped.get(id(head))
     if pattern is not None:
         return f"skip={pattern!r}, of the model or of its head: both are needed"
     reasons = (*map(common_refusal, (model, found[0])), _of_head(found[0]), _of_model(model))

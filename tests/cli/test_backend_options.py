@@ -3,8 +3,12 @@ import json
 import pytest
 import torch
 
-from automodel_fn import BackendConfig, BackendPlan, CastPlan, ConfigError
+from automodel_fn import BackendConfig, BackendPlan, CastPlan, ConfigError, apply
 from automodel_fn.cli._backends import FIELDS, asked_backend
+from automodel_fn.cli._display import Display, console
+from automodel_fn.cli._settings import TrainSettings
+from automodel_fn.cli._train import train
+from automodel_fn.convert._settings import settings_of
 
 NOTHING = (None,) * len(FIELDS)
 SMALL = ("--steps", 2, "--microbatches", 1, "--batch-size", 1, "--seq-len", 16)
@@ -87,3 +91,34 @@ def test_a_run_is_trained_with_its_backend_and_says_so(cli, tmp_path, text_file,
     assert (settings["backend"]["attn"], settings["backend"]["loss"]) == ("eager", "fused")
     plan = BackendPlan.from_json((out / "backend_plan.json").read_text())
     assert {e.after for e in plan.entries if e.field == "loss"} == {"fused"}
+
+
+def test_what_is_trained_is_the_swapped_model(tmp_path, text_file):
+    swapped = []
+
+    def cast(plan, model):
+        swapped.append({field for each in model.modules() for field in settings_of(each)})
+        return apply(plan, model)
+
+    settings = TrainSettings(
+        model="llama",
+        data=(text_file,),
+        steps=2,
+        microbatches=1,
+        batch_size=1,
+        seq_len=16,
+        backend=BackendConfig(attn="sdpa", linear="torch", loss="torch"),
+        out=tmp_path / "run",
+    )
+    train(settings, Display(console(), is_quiet=True), cast)
+
+    assert swapped == [{"rms_norm", "rope_fusion", "swiglu"}]
+
+
+def test_a_run_shows_its_backend_plan(cli, tmp_path, text_file):
+    options = ("--model", "llama", "--data", text_file, "--out", tmp_path / "run", *SMALL)
+    code, shown, err = cli("train", *options, "--loss", "auto")
+
+    assert code == 0, err
+    assert shown.index("Backend plan") < shown.index("Cast plan")
+    assert "note: the fused loss makes no logits" in " ".join(shown.split())

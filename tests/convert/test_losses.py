@@ -44,6 +44,35 @@ def test_neither_is_swapped_where_the_head_is_skipped(family):
     assert all("skip='lm_head'" in each.reason for each in found.values())
 
 
+def test_a_head_with_a_bias_gives_it_to_the_loss():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.PhiConfig(**sizes, num_attention_heads=4, vocab_size=96)
+    model = transformers.PhiForCausalLM(config).train()
+    nn.init.normal_(model.lm_head.bias)
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        loss = model(**batch_of("llama")).loss
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.lm_head.parameters()))))
+        apply(backend_plan(model, FUSED))
+
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_forward_that_asks_for_super_is_left_alone():
+    class Calling(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            super().eval()
+            logits = self.lm_head(self.model(input_ids, **kwargs).last_hidden_state)
+            loss = self.loss_function(logits, labels, self.config.vocab_size)
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    assert {each.reason for each in entries(Calling(small_model("llama").config)).values()} == {
+        "the forward of Calling asks for super()"
+    }
+
+
 def test_no_logits_are_made_in_training(fused, llama):
     batch, shapes = batch_of("llama"), []
     fused.lm_head.register_forward_hook(lambda *found: shapes.append(tuple(found[-1].shape)))
@@ -72,7 +101,10 @@ def test_who_keeps_some_logits_gets_what_the_own_forward_gives(fused, llama):
             model(**batch_of("llama"), logits_to_keep=2)
 
 
-@pytest.mark.parametrize("options", [{"num_items_in_batch": 7}, {"ignore_index": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"ignore_index": 5}],
+)
 def test_options_of_the_loss_are_heeded(fused, llama, options):
     batch = batch_of("llama")
 

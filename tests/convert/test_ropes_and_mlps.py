@@ -7,6 +7,7 @@ from torch import nn
 
 from automodel_fn import apply, backend_plan
 from automodel_fn.convert._overlay import Overlay, with_globals
+from automodel_fn.convert._ropes import rotary_convention
 
 FUSED = attrs.evolve(OWN, rope_fusion=True, swiglu="fused", experts="torch_mm")
 
@@ -35,6 +36,16 @@ def test_attention_that_turns_another_way_is_skipped(monkeypatch, gpu):
 
     assert {each.action for each in found.values()} == {"skip"}
     assert all("turns another way" in each.reason for each in found.values())
+
+
+def test_a_function_that_takes_heads_in_one_order_only_is_another_way():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    def heads_first(q, k, cos, sin, unsqueeze_dim=1):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    assert rotary_convention(apply_rotary_pos_emb) is not None
+    assert rotary_convention(heads_first) is None
 
 
 def test_rotary_embeddings_of_a_cache_are_turned_by_their_positions(gpu):

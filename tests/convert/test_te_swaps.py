@@ -170,6 +170,19 @@ def test_fp8_is_on_in_the_model_and_in_each_block_that_is_recomputed(llama, gpu,
     assert autocasts == ["current", *["current", "left"] * 2, "left"]
 
 
+def test_fp8_comes_to_layers_that_were_made_before(llama, gpu, autocasts):
+    apply(backend_plan(llama, TE, availability=gpu))
+    before = [type(each) for each in llama.modules()]
+    plan = backend_plan(llama, attrs.evolve(TE, te_fp8="current"), availability=gpu)
+    assert {each.field for each in plan.entries if each.changes} == {"te_fp8"}
+    report = apply(plan)
+    llama(**batch_of("llama"))
+    assert autocasts == ["current", *["current", "left"] * 2, "left"]
+    report.undo()
+
+    assert [type(each) for each in llama.modules()] == before
+
+
 def test_a_recompute_runs_in_fp8(llama, gpu, autocasts):
     apply(backend_plan(llama, attrs.evolve(TE, te_fp8="current"), availability=gpu))
     llama.activation_checkpointing_enable()
