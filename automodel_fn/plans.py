@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import singledispatch
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,6 +62,38 @@ class Plan(Protocol):
     def rows(self) -> tuple[Row, ...]:
         """One row a decision, in the order of the model."""
         ...
+
+
+class WeakObjects:
+    """Weak references to the objects that a plan was made from; a copy or pickle has none."""
+
+    __slots__ = ("_references",)
+
+    def __init__(self, *objects: Any) -> None:
+        self._references = tuple(weakref.ref(item) for item in objects)
+
+    def alive(self) -> tuple[Any, ...]:
+        """Those that still exist."""
+        found = (reference() for reference in self._references)
+        return tuple(item for item in found if item is not None)
+
+    def __reduce__(self) -> tuple[type[WeakObjects], tuple[()]]:
+        return WeakObjects, ()
+
+
+def planned_model(reference: WeakObjects) -> nn.Module:
+    """The model that a plan was made from.
+
+    Raises:
+        ConfigError: There is none: the plan came from JSON, or the model is gone.
+    """
+    alive = reference.alive()
+    if not alive:
+        raise ConfigError(
+            "model=None: this plan has no model (it came from JSON or a copy, or its model is "
+            "gone); say which one, as in apply(plan, model)."
+        )
+    return alive[0]
 
 
 @singledispatch

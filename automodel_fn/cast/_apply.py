@@ -18,7 +18,7 @@ from automodel_fn.cast._dtensors import is_distributed, is_whole
 from automodel_fn.cast._exchange import Exchange, Originals, exchange
 from automodel_fn.cast._groups import refuse_unfit_wrappers
 from automodel_fn.cast._interrupts import interrupts_deferred
-from automodel_fn.cast._plan import CastPlan, WeakObjects
+from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._range import RangeCount, range_note
 from automodel_fn.cast._report import CastReport
 from automodel_fn.cast._rules import storage_groups
@@ -26,7 +26,7 @@ from automodel_fn.cast._sharded import together
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.cast._undo import Undo
 from automodel_fn.errors import StalePlanError, itemized
-from automodel_fn.plans import apply
+from automodel_fn.plans import WeakObjects, apply
 
 _logger = logging.getLogger("automodel_fn")
 

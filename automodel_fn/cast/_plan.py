@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import attrs
 import torch
 from torch import nn
@@ -14,8 +11,7 @@ from automodel_fn.cast._json import plan_from_json, plan_to_json
 from automodel_fn.cast._layout import Layout
 from automodel_fn.cast._units import FSDPUnit, units_of
 from automodel_fn.dtypes import dtype_name
-from automodel_fn.errors import ConfigError
-from automodel_fn.plans import Row
+from automodel_fn.plans import Row, WeakObjects, planned_model
 
 
 @attrs.frozen
@@ -43,23 +39,6 @@ def _outline(entry: TensorCast | None) -> str:
     if entry.changes:
         dtypes += f" to {dtype_name(entry.to_dtype)}"
     return f"{entry.action} {dtypes} ({entry.reason})"
-
-
-class WeakObjects:
-    """Weak references to the objects that a plan was made from; a copy or pickle has none."""
-
-    __slots__ = ("_references",)
-
-    def __init__(self, *objects: Any) -> None:
-        self._references = tuple(weakref.ref(item) for item in objects)
-
-    def alive(self) -> tuple[Any, ...]:
-        """Those that still exist."""
-        found = (reference() for reference in self._references)
-        return tuple(item for item in found if item is not None)
-
-    def __reduce__(self) -> tuple[type[WeakObjects], tuple[()]]:
-        return WeakObjects, ()
 
 
 @attrs.frozen
@@ -102,13 +81,7 @@ class CastPlan:
         Raises:
             ConfigError: There is none: the plan came from JSON, or the model is gone.
         """
-        alive = self.model_ref.alive()
-        if not alive:
-            raise ConfigError(
-                "model=None: this plan has no model (it came from JSON or a copy, or its model is "
-                "gone); say which one, as in apply(plan, model)."
-            )
-        return alive[0]
+        return planned_model(self.model_ref)
 
     def rows(self) -> tuple[Row, ...]:
         """One row a tensor, in the order of the model."""

@@ -21,7 +21,7 @@ from automodel_fn.cast._groups import (
 )
 from automodel_fn.cast._layout import Layout
 from automodel_fn.cast._pins import Pins, declared_pins
-from automodel_fn.cast._plan import CastPlan, WeakObjects
+from automodel_fn.cast._plan import CastPlan
 from automodel_fn.cast._promotion import boundary_owners, pin_owners
 from automodel_fn.cast._rules import (
     Decision,
@@ -36,6 +36,7 @@ from automodel_fn.cast._selection import selected
 from automodel_fn.cast._tensors import BUFFER, NONPERSISTENT_BUFFER, ModelScan, NamedTensor, scan
 from automodel_fn.dtypes import parse_castable
 from automodel_fn.errors import ConfigError
+from automodel_fn.plans import WeakObjects
 
 BUFFERS = ("persistent", "all", "none")
 

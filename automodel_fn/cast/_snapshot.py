@@ -13,12 +13,12 @@ from automodel_fn.cast._compare import Finding
 from automodel_fn.cast._convert import converted, converted_views, write
 from automodel_fn.cast._dtensors import is_sharded, is_whole, local, rewrapped
 from automodel_fn.cast._exchange import Exchange, exchange
-from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.cast._rules import storage_groups
 from automodel_fn.cast._selection import selected
 from automodel_fn.cast._sharded import together
 from automodel_fn.cast._tensors import NamedTensor, scan
 from automodel_fn.errors import ConfigError, StalePlanError, itemized
+from automodel_fn.plans import WeakObjects
 
 
 @attrs.frozen

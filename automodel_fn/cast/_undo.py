@@ -10,10 +10,10 @@ import torch
 from automodel_fn.cast._bits import merged, same_bits
 from automodel_fn.cast._conversions import Conversion, each_with_data, gradient_of
 from automodel_fn.cast._exchange import Exchange, Originals, exchange
-from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.cast._sharded import Shards, together
 from automodel_fn.cast._tensors import ModelScan, scan
 from automodel_fn.errors import StalePlanError, itemized
+from automodel_fn.plans import WeakObjects
 
 
 @attrs.define

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.convert._changes import Change, ConfigChange, carry_out, class_change
 from automodel_fn.convert._compare import refuse_stale
 from automodel_fn.convert._entries import SWAP, ModuleSwap
@@ -17,7 +16,7 @@ from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.convert._report import SwapReport
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.errors import ConfigError, itemized
-from automodel_fn.plans import apply
+from automodel_fn.plans import WeakObjects, apply
 
 _logger = logging.getLogger("automodel_fn")
 

@@ -85,7 +85,6 @@ def carry_out(changes: Sequence[Change]) -> None:
     with interrupts_deferred() as check_interrupt:
         try:
             for change in changes:
-                check_interrupt()
                 change.exchange()
                 done.append(change)
             check_interrupt()

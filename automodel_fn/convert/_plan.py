@@ -5,11 +5,9 @@ from __future__ import annotations
 import attrs
 from torch import nn
 
-from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.convert._entries import ModuleSwap
 from automodel_fn.convert._json import plan_from_json, plan_to_json
-from automodel_fn.errors import ConfigError
-from automodel_fn.plans import Row
+from automodel_fn.plans import Row, WeakObjects, planned_model
 
 
 @attrs.frozen
@@ -71,13 +69,7 @@ class BackendPlan:
         Raises:
             ConfigError: There is none: the plan came from JSON, or the model is gone.
         """
-        alive = self.model_ref.alive()
-        if not alive:
-            raise ConfigError(
-                "model=None: this plan has no model (it came from JSON or a copy, or its model is "
-                "gone); say which one, as in apply(plan, model)."
-            )
-        return alive[0]
+        return planned_model(self.model_ref)
 
     def rows(self) -> tuple[Row, ...]:
         """One row an entry, in the order of the model."""

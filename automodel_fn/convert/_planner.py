@@ -12,7 +12,6 @@ from automodel_fn.backend._fp8 import RECIPES, TEFp8Config
 from automodel_fn.backend._probe import probe
 from automodel_fn.backend._reasons import FUSED_LOSS
 from automodel_fn.backend._resolve import Resolution, resolve
-from automodel_fn.cast._plan import WeakObjects
 from automodel_fn.convert._around import Around, look_around
 from automodel_fn.convert._entries import SKIP, ModuleSwap
 from automodel_fn.convert._parts import scanned, skipped_parts
@@ -20,6 +19,7 @@ from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
+from automodel_fn.plans import WeakObjects
 
 
 def backend_plan(
