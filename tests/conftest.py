@@ -1,10 +1,13 @@
-"""What several areas' tests need: process groups of one rank, and of two."""
+"""What several areas' tests need: process groups, quiet models, Transformer Engine's stand-ins."""
 
+import logging
 import os
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
@@ -34,6 +37,44 @@ dist.destroy_process_group()
 print("done", flush=True)
 os._exit(0)
 """
+
+
+@pytest.fixture
+def quiet_transformers():
+    """Small configs do not fit the defaults beside them, and transformers says so."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The models are so small that threads cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def installed_stand_ins(monkeypatch):
+    """Stand-ins in the place of Transformer Engine."""
+    from automodel_fn.te import _record
+    from automodel_fn.testing import te_stand_ins
+
+    record = te_stand_ins()
+    module = types.ModuleType("transformer_engine.pytorch")
+    vars(module).update({cls.__name__: cls for _, cls in record.items()})
+    package = types.ModuleType("transformer_engine")
+    package.pytorch = module
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    remembered = dict(_record.aware)
+    yield record
+    _record.aware.clear()
+    _record.aware.update(remembered)
 
 
 @pytest.fixture

@@ -1,27 +1,12 @@
 import sys
-import types
 
 import pytest
 import torch
 
-from automodel_fn.te import _record
-from automodel_fn.testing import te_stand_ins
-
 
 @pytest.fixture
-def classes(monkeypatch):
-    """Stand-ins in the place of Transformer Engine."""
-    record = te_stand_ins()
-    module = types.ModuleType("transformer_engine.pytorch")
-    vars(module).update({cls.__name__: cls for _, cls in record.items()})
-    package = types.ModuleType("transformer_engine")
-    package.pytorch = module
-    monkeypatch.setitem(sys.modules, "transformer_engine", package)
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
-    remembered = dict(_record.aware)
-    yield record
-    _record.aware.clear()
-    _record.aware.update(remembered)
+def classes(installed_stand_ins):
+    return installed_stand_ins
 
 
 @pytest.fixture

@@ -1,36 +1,17 @@
-import logging
 import sys
-import types
 from pathlib import Path
 
 import pytest
-import torch
 
 from automodel_fn.backend import Availability, Device, Package
-from automodel_fn.te import _record
-from automodel_fn.testing import te_stand_ins
 
 # With --import-mode=importlib a test folder is not on the path; the families' file lies in it.
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    """Small configs do not fit the defaults beside them, and transformers says so."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The models are so small that threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _for_small_models(quiet_transformers, one_thread):
+    """All models here are small ones of transformers."""
 
 
 @pytest.fixture
@@ -46,19 +27,8 @@ def gpu():
 
 
 @pytest.fixture
-def classes(monkeypatch):
-    """Stand-ins in the place of Transformer Engine."""
-    record = te_stand_ins()
-    module = types.ModuleType("transformer_engine.pytorch")
-    vars(module).update({cls.__name__: cls for _, cls in record.items()})
-    package = types.ModuleType("transformer_engine")
-    package.pytorch = module
-    monkeypatch.setitem(sys.modules, "transformer_engine", package)
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
-    remembered = dict(_record.aware)
-    yield record
-    _record.aware.clear()
-    _record.aware.update(remembered)
+def classes(installed_stand_ins):
+    return installed_stand_ins
 
 
 @pytest.fixture

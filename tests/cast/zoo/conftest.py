@@ -1,31 +1,15 @@
-import logging
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 # With --import-mode=importlib a test folder is not on the path; the zoo's own files lie in it.
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    """Small configs do not fit the defaults beside them, and transformers says so."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The models are so small that threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _for_small_models(quiet_transformers, one_thread):
+    """All models here are small ones of transformers."""
 
 
 @pytest.fixture(autouse=True)
