@@ -286,6 +286,24 @@ def test_mixed_dtypes_give_gradients_in_their_own():
     assert [leaf.grad.dtype for leaf in own] == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("wide", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_float64_that_is_multiplied_in_bf16_gets_the_gradients_of_float32(
+    chunk_size, reduction, wide
+):
+    labels = made()[2]
+    own = leaves(*(t.double() if is_wide else t for t, is_wide in zip(made()[:2], wide)))
+    narrow = leaves(*made()[:2])
+    for tensors in (own, narrow):
+        options = {"precision": "bf16", "reduction": reduction, "chunk_size": chunk_size}
+        lm_head_loss(*tensors, labels, **options).loss.sum().backward()
+
+    for ours, theirs, is_wide in zip(own, narrow, wide, strict=True):
+        assert ours.grad.dtype == (torch.float64 if is_wide else torch.float32)
+        assert torch.equal(ours.grad.float(), theirs.grad)
+
+
 def test_many_chunks_lose_no_bits_of_a_bf16_gradient():
     torch.manual_seed(0)
     hidden = torch.ones(4096, H, dtype=torch.bfloat16)
