@@ -8,8 +8,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.utils import parametrize
 
 from automodel_fn import ConfigError, LMHead, bf16, invalidate, lm_head_logits, weight_parts
+from automodel_fn.nn import _lm_head
 
 H, V = 16, 11
 precisions = pytest.mark.parametrize("precision", ["bf16x3", "bf16", "fp32"])
@@ -23,6 +25,21 @@ def linear(dtype=torch.float32, bias=False):
 
 def hidden(*shape):
     return torch.randn(*shape, H, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.fixture
+def used_parts(monkeypatch):
+    """The parts that forwards multiply, made as on CUDA."""
+    used = []
+
+    def product(*args, parts, **options):
+        used.append(parts)
+        return logits_product(*args, parts=parts, **options)
+
+    logits_product = _lm_head.logits_product
+    monkeypatch.setattr(_lm_head, "logits_product", product)
+    monkeypatch.setattr(LMHead, "_has_use_for_parts", lambda *_: True)
+    return used
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -43,6 +60,17 @@ def test_the_function_leaves_the_precision_to_it(precision):
     for asked in (None, precision):
         found = lm_head_logits(head, x, precision=asked, logits_to_keep=2, logits_dtype="bf16")
         assert torch.equal(found.logits, head(x[:, 3:]).bfloat16())
+
+
+@precisions
+def test_inside_of_another_module_it_keeps_to_its_precision(precision):
+    head, x = LMHead.from_linear(linear(), precision=precision), hidden(2, 5)
+    wrapped = nn.Sequential(nn.Identity(), head)
+    for asked in (None, precision):
+        assert torch.equal(lm_head_logits(wrapped, x, precision=asked).logits, head(x))
+    other = "bf16" if precision == "bf16x3" else "bf16x3"
+    with pytest.raises(ConfigError, match=f"precision of its own, '{precision}'"):
+        lm_head_logits(wrapped, x, precision=other)
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16"}])
@@ -204,6 +232,32 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_costs_nothing():
         assert head._kept is None
 
 
+class Noisy(nn.Module):
+    """Another weight each time that it is looked up."""
+
+    num_calls = 0
+
+    def forward(self, weight):
+        self.num_calls += 1
+        return weight * self.num_calls
+
+
+@kept
+def test_parts_of_a_weight_that_is_computed_are_of_the_one_it_multiplies(used_parts, precision):
+    head = LMHead.from_linear(linear(), precision=precision)
+    noise = Noisy()
+    parametrize.register_parametrization(head, "weight", noise, unsafe=True)
+    for _ in range(2):
+        noise.num_calls = 2
+        head(hidden(2))
+        assert noise.num_calls == 3
+
+    assert used_parts[0] is not used_parts[1]
+    for parts in used_parts:
+        assert torch.equal(parts.high, (linear().weight * 3).bfloat16())
+    assert head._kept is None
+
+
 def test_on_the_cpu_a_forward_makes_no_parts():
     head = LMHead(H, V)
     head(hidden(2))
@@ -276,6 +330,33 @@ def test_fsdp2_shards_it_as_a_linear(gloo, precision):
     changed.weight = nn.Parameter(head.weight.full_tensor().detach())
     again = lm_head_logits(changed, hidden(2, 5), precision=precision).logits
     assert torch.equal(head(hidden(2, 5)), again)
+
+
+@kept
+def test_parts_of_the_weight_that_fsdp2_gathers_are_kept_until_it_changes(
+    gloo, used_parts, precision
+):
+    head = fully_shard(
+        LMHead.from_linear(linear(), precision=precision), mesh=init_device_mesh("cpu", (1,))
+    )
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+
+    def double():
+        head.weight.to_local().data.mul_(2)
+        invalidate(head)
+
+    for change in (optimizer.step, double):
+        used_parts.clear()
+        for _ in range(2):
+            head(hidden(2, 5)).sum().backward()
+        change()
+        head(hidden(2, 5))
+
+        assert used_parts[0] is used_parts[1]
+        head.reshard()
+        whole = head.weight.full_tensor().detach()
+        expected = whole.bfloat16() if precision == "bf16" else weight_parts(whole).stacked
+        assert torch.equal(used_parts[2].stacked, expected)
 
 
 @kept
