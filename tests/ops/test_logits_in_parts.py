@@ -146,6 +146,45 @@ def test_a_wrapped_head_is_called_and_its_products_are_made_so(precision):
 
 
 @in_bf16
+def test_a_head_that_rounds_what_it_gives_is_given_back_in_float32(precision):
+    class Rounded(Wrapped):
+        def forward(self, x):
+            return self.inner(x).bfloat16()
+
+    lm_head, x = head(), hidden(2, 5)
+    plain = lm_head_logits(lm_head, x, precision=precision).logits
+    found = lm_head_logits(Rounded(lm_head), x, precision=precision).logits
+
+    assert same(found, plain.bfloat16().float())
+
+
+@in_bf16
+def test_a_head_whose_product_cannot_be_made_so_is_an_error(precision):
+    class Multiplied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(head().weight.detach())
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype).t()
+
+    with pytest.raises(
+        ConfigError, match=r"Multiplied, computes: it makes no product by torch\.nn"
+    ):
+        lm_head_logits(Multiplied(), hidden(2, 5), precision=precision)
+
+
+@in_bf16
+def test_a_wrapped_head_that_was_compiled_is_multiplied_so_as_well(precision):
+    torch._dynamo.reset()
+    wrapped, x = Wrapped(head(bias=True)), hidden(2, 5)
+    compiled = torch.compile(wrapped, backend="aot_eager")
+    for _ in range(2):
+        found = lm_head_logits(compiled, x, precision=precision).logits
+        assert same(found, lm_head_logits(wrapped, x, precision=precision).logits)
+
+
+@in_bf16
 @pytest.mark.parametrize("shape", [(2, 5), (5,)])
 def test_logits_are_no_view_and_can_be_changed_in_place(precision, shape):
     logits = lm_head_logits(head(), hidden(*shape), precision=precision).logits
