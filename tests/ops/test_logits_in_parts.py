@@ -3,7 +3,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from automodel_fn import ConfigError, LMHead, LogitsPath, lm_head_logits, logits_path, weight_parts
+from automodel_fn import (
+    ConfigError,
+    LMHead,
+    LogitsPath,
+    WeightParts,
+    lm_head_logits,
+    logits_path,
+    weight_parts,
+)
 
 H, V = 16, 11
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,6 +97,15 @@ def test_gradients_come_in_the_dtypes_of_what_they_are_of(precision, stored):
     expected = kept.sum((0, 1)).expand(V, H).to(stored)
     torch.testing.assert_close(lm_head.weight.grad, expected)
     torch.testing.assert_close(lm_head.bias.grad, torch.full((V,), 6.0, dtype=stored))
+
+
+@in_bf16
+def test_the_gradient_of_a_float32_bias_is_summed_in_float32(precision):
+    lm_head, grad = head(bias=True), torch.ones(301, V, dtype=torch.bfloat16)
+    logits = lm_head_logits(lm_head, hidden(301), precision=precision, logits_dtype="bf16").logits
+    logits.backward(grad)
+
+    assert torch.equal(lm_head.bias.grad, torch.full((V,), 301.0))
 
 
 def test_a_tied_weight_gets_one_gradient_and_stays_as_it_is():
@@ -236,6 +253,13 @@ def test_parts_of_another_weight_are_an_error():
         lm_head_logits(
             head(), hidden(2), precision="bf16x3", weight_parts=weight_parts(torch.ones(9, H))
         )
+
+
+def test_parts_on_another_device_are_an_error():
+    stacked = torch.empty(V, 3 * H, device="meta", dtype=torch.bfloat16)
+    parts = WeightParts(stacked, num_parts=3, is_exact=True)
+    with pytest.raises(ConfigError, match=r"\(11, 48\) on meta; for this weight .* on cpu"):
+        lm_head_logits(head(), hidden(2), precision="bf16x3", weight_parts=parts)
 
 
 def test_parts_for_a_head_that_has_to_be_called_are_an_error():

@@ -11,7 +11,7 @@ from automodel_fn.ops._loss_reference import lm_head_loss_reference
 H, V = 16, 37
 # Relative to the norm: what the roundings of the dtype leave.
 TOLERANCE = {
-    torch.float64: 1e-13,
+    torch.float64: 1e-14,
     torch.float32: 1e-6,
     torch.float16: 5e-4,
     torch.bfloat16: 4e-3,
@@ -293,7 +293,9 @@ def test_float64_that_is_multiplied_in_bf16_gets_the_gradients_of_float32(
     chunk_size, reduction, wide
 ):
     labels = made()[2]
-    own = leaves(*(t.double() if is_wide else t for t, is_wide in zip(made()[:2], wide)))
+    own = leaves(
+        *(t.double() if is_wide else t for t, is_wide in zip(made()[:2], wide, strict=True))
+    )
     narrow = leaves(*made()[:2])
     for tensors in (own, narrow):
         options = {"precision": "bf16", "reduction": reduction, "chunk_size": chunk_size}
