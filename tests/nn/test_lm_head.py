@@ -1,10 +1,12 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -225,6 +227,55 @@ def test_parts_of_one_optimizer_step_are_made_once(monkeypatch):
     assert len(made) == 3
 
 
+@kept
+def test_old_parts_are_gone_before_new_ones_are_made(monkeypatch, precision):
+    name = "rounded_weight" if precision == "bf16" else "weight_parts"
+    make, old = getattr(_lm_head, name), []
+
+    def making(weight):
+        assert all(parts() is None for parts in old)
+        made = make(weight)
+        old.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(_lm_head, name, making)
+    head = LMHead.from_linear(linear(), precision=precision)
+    for _ in range(3):
+        head.parts()
+        in_place(head)
+
+    assert len(old) == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "is_used"),
+    [
+        ("bf16x3", {}, True),
+        ("bf16", {}, True),
+        ("fp32", {}, False),
+        ("bf16x3", {"keep_parts": False}, False),
+        ("bf16x3", {"on_cuda": False}, False),
+        ("bf16x3", {"is_compiling": True}, False),
+        ("bf16x3", {"is_fake": True}, False),
+        ("bf16x3", {"is_capturing": True}, False),
+        ("bf16x3", {"is_capturing": True, "is_frozen": True}, True),
+    ],
+)
+def test_a_forward_uses_kept_parts_on_a_gpu_where_it_may(monkeypatch, precision, options, is_used):
+    class OnCuda(nn.Parameter):
+        is_cuda = options.get("on_cuda", True)
+        requires_grad = not options.get("is_frozen", False)
+
+    is_compiling, is_capturing = options.get("is_compiling"), options.get("is_capturing")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: bool(is_compiling))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(is_capturing))
+    if options.get("is_fake"):
+        monkeypatch.setattr(_lm_head, "FakeTensor", OnCuda)
+    head = LMHead(H, V, precision=precision, keep_parts=options.get("keep_parts", True))
+
+    assert head._has_use_for_parts(OnCuda(torch.ones(1))) is is_used
+
+
 def test_nothing_is_kept_where_it_is_not_wanted_or_costs_nothing():
     assert LMHead.from_linear(linear(), keep_parts=False).parts() is not None
     for head in (LMHead(H, V, keep_parts=False), LMHead(H, V, dtype=torch.bfloat16)):
@@ -305,8 +356,6 @@ def test_it_compiles_in_one_graph_with_the_same_bits(precision):
 
 
 def test_fake_and_meta_tensors_give_shapes():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     head = LMHead(H, V, device="meta")
     x = torch.empty(2, 5, H, device="meta", dtype=torch.bfloat16)
     assert (head(x).shape, head(x).device.type) == ((2, 5, V), "meta")
