@@ -268,6 +268,16 @@ def test_the_weight_is_multiplied_in_its_own_dtype_or_in_the_one_asked_for():
         assert torch.equal(lm_head_loss(hidden, weight, labels, precision="fp32").loss, wide)
 
 
+def test_autocast_leaves_float64_as_it_is():
+    hidden, weight, labels, _ = made(torch.float64)
+    expected = lm_head_loss(hidden, weight, labels).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lm_head_loss(hidden, weight, labels).loss
+
+    assert found.dtype == torch.float64
+    assert torch.equal(found, expected)
+
+
 def test_exact_products_of_bf16_hidden_states_are_made_in_fp32_on_a_cpu():
     hidden, weight, labels, _ = made()
     own, wide = leaves(hidden.bfloat16(), weight), leaves(hidden.bfloat16().float(), weight)
