@@ -103,20 +103,24 @@ class LMHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits `[..., V]`, float32, of hidden states `[..., H]`."""
-        parts = self.parts() if self._has_use_for_parts() else None
-        return logits_product(input, self.weight, self.bias, precision=self.precision, parts=parts)
+        # Looked up once: a parametrized weight is computed by that, and may be another each time.
+        weight: Any = self.weight
+        parts = self._parts_of(weight) if self._has_use_for_parts(weight) else None
+        return logits_product(input, weight, self.bias, precision=self.precision, parts=parts)
 
     def parts(self) -> WeightParts:
         """The parts of the weight as it is now: those that are kept, if it has not changed since.
 
         With "bf16" a single one, the rounded weight. Not to be called in compiled code.
         """
+        return self._parts_of(self.weight)
+
+    def _parts_of(self, weight: Tensor) -> WeightParts:
         kept = self._kept
         if kept is not None and kept[0].are_same():
             return kept[1]
         # The old ones go first, so that there is memory for one set only.
         self._kept = kept = None
-        weight = self.weight
         # Made in inference mode they could not be used where gradients are wanted.
         with torch.inference_mode(False):
             found = (rounded_weight if self.precision == "bf16" else weight_parts)(weight)
@@ -128,8 +132,7 @@ class LMHead(nn.Linear):
             self._kept = watch, found
         return found
 
-    def _has_use_for_parts(self) -> bool:
-        weight: Any = self.weight
+    def _has_use_for_parts(self, weight: Tensor) -> bool:
         if self.precision == "fp32" or not self.keep_parts or not weight.is_cuda:
             return False
         if torch.compiler.is_compiling() or isinstance(weight, FakeTensor):

@@ -43,14 +43,15 @@ def stored_dtype_of(lm_head: nn.Module) -> torch.dtype | None:
 
 
 def own_precision(lm_head: nn.Module) -> LogitsPrecision | None:
-    """The precision that a head brings its products with, as `LMHead` does; None if it is torch's.
+    """The precision in which a head, or what it wraps, makes its products of itself, as `LMHead`.
 
     Example:
         >>> own_precision(nn.Linear(1, 1)) is None
         True
     """
-    found: Any = getattr(lm_head, "precision", None)
-    return found if isinstance(found, str) and found in PRECISIONS else None
+    linears = (part for part in lm_head.modules() if isinstance(part, nn.Linear))
+    found: Iterator[Any] = (getattr(part, "precision", None) for part in linears)
+    return next((one for one in found if isinstance(one, str) and one in PRECISIONS), None)
 
 
 def fsdp_policy(lm_head: nn.Module) -> MixedPrecisionPolicy | None:

@@ -92,8 +92,9 @@ def lm_head_logits(
         output_hidden_states: Return the hidden states as well, those of every position.
 
     Raises:
-        ConfigError: An argument is not as described; the head is quantized, or is sharded by FSDP2
-            to compute in less, and a precision is asked for.
+        ConfigError: An argument is not as described; or a precision is asked for, and the head is
+            quantized, is sharded by FSDP2 to compute in less, or makes no product by `F.linear`
+            that could be made so.
 
     Source:
         Replaces `compute_lm_head_logits` (NeMo Automodel).

@@ -43,7 +43,8 @@ def logits_by_products(
         out_dtype: Of the logits.
 
     Raises:
-        ConfigError: An argument is not as described, or FSDP2 casts what comes in or goes out.
+        ConfigError: An argument is not as described, FSDP2 casts what comes in or goes out, or
+            there is no such product in a head that is called.
     """
     _demand_head(lm_head, precision)
     if is_plain_linear(lm_head):
@@ -57,16 +58,25 @@ def logits_by_products(
             f"weight_parts needs a plain nn.Linear without hooks, and lm_head is a "
             f"{type(lm_head).__name__}; leave it out, or make an LMHead, which keeps its own."
         )
-    with _Linears(precision):
-        return lm_head(kept).to(out_dtype)
+    seen: list[torch.Size] = []
+    with _Linears(precision, seen):
+        logits = lm_head(kept)
+    if not seen:
+        raise ConfigError(
+            f"precision={precision!r} has no part in what lm_head, a {type(lm_head).__name__}, "
+            "computes: it makes no product by torch.nn.functional.linear; use precision=None, or "
+            "a head that does."
+        )
+    return logits.to(out_dtype)
 
 
 class _Linears(TorchFunctionMode):
-    """Inside of it, linear products are made in a precision."""
+    """Inside of it, linear products are made in a precision; `seen` gets their shapes."""
 
-    def __init__(self, precision: LogitsPrecision) -> None:
+    def __init__(self, precision: LogitsPrecision, seen: list[torch.Size]) -> None:
         super().__init__()
         self._precision: LogitsPrecision = precision
+        self._seen = seen
 
     def __torch_function__(
         self,
@@ -76,7 +86,9 @@ class _Linears(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is functional.linear:
-            return _linear(*args, **(kwargs or {}), precision=self._precision)
+            found = _linear(*args, **(kwargs or {}), precision=self._precision)
+            self._seen.append(found.shape)
+            return found
         return func(*args, **(kwargs or {}))
 
 

@@ -64,8 +64,8 @@ def lm_head_loss(
 ) -> LMHeadLoss:
     """`F.cross_entropy(F.linear(hidden_states, weight), labels)`, in chunks of tokens.
 
-    Logits are float32 sums of products, those of at most 512 tokens at a time, and the softmax is
-    computed in float32. The gradients are computed on the way, so that the backward hands them out;
+    Logits are float32 sums of products, those of some tokens at a time, and the softmax is computed
+    in float32. The gradients are computed on the way, so that the backward hands them out;
     of a second backward of one graph, and of reduction="none", it computes the logits once more.
     The gradient of the weight is summed over all chunks in float32 and rounded once. A second
     derivative is an error.
@@ -95,7 +95,8 @@ def lm_head_loss(
             "fp32", in a fraction of its time; on the CPU it is "fp32". float16 is multiplied in
             float32, since gradients of logits are below its range.
         chunk_size: Tokens whose gradients of logits, in the dtype of the products, are held at a
-            time; None holds as many as fit into a GiB.
+            time. None holds those of all that fit into 2 GiB (1 GiB of float32), else chunks of at
+            most 1 GiB.
 
     Returns:
         The loss in float32 (float64 for float64), with what it is made of.

@@ -99,11 +99,11 @@ def chunked_loss(
     num_tokens, vocabulary = len(inputs.hidden), len(inputs.weight)
     sizes = chunk_sizes(num_tokens, vocabulary, dtype, chunk_size, wants_weight=wanted.weight)
     losses, z_losses = (_empty(inputs.hidden, (num_tokens,), sums) for _ in range(2))
-    of_hidden = _gradient_of(inputs.hidden) if wanted.hidden else None
+    of_hidden = _gradient_of(inputs.hidden, sums) if wanted.hidden else None
     of_weight = None
     if wanted.weight:
         num_held = -(-num_tokens // sizes.held)
-        of_weight = WeightSum(_gradient_of(inputs.weight), sums, num_products=num_held)
+        of_weight = WeightSum(_gradient_of(inputs.weight, sums), sums, num_products=num_held)
     of_bias = inputs.weight.new_zeros(vocabulary, dtype=sums) if wanted.bias else None
     is_in_place = wanted.any and dtype == sums
     held = _rows(inputs.hidden, sizes.held if wanted.any else 0, vocabulary, dtype)
@@ -146,8 +146,8 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _gradient_of(tensor: Tensor) -> Tensor:
-    return _empty(tensor, tensor.shape, kept_dtype(tensor))
+def _gradient_of(tensor: Tensor, sums: torch.dtype) -> Tensor:
+    return _empty(tensor, tensor.shape, kept_dtype(tensor, sums))
 
 
 def _rows(like: Tensor, size: int, vocabulary: int, dtype: torch.dtype) -> Tensor:

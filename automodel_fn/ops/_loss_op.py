@@ -52,29 +52,6 @@ def _loss(
     return loss, of_z, *_present(gradients_of(found, hidden), hidden)
 
 
-@torch.library.custom_op("automodel_fn::lm_head_loss_gradients", mutates_args=())
-def _gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    operand_dtype: torch.dtype,
-    is_split: bool,
-    chunk_size: int | None,
-    is_summed: bool,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = (ignore_index, label_smoothing, z_loss, softcap)
-    settings = settings_of(numbers, operand_dtype, is_split, chunk_size, is_summed)
-    inputs = flat_inputs(hidden, weight, bias, labels, scale)
-    return _present(gradients_of(computed(inputs, settings, _wanted(wants)), hidden), hidden)
-
-
 def _wanted(wants: list[bool]) -> Wanted:
     return Wanted(wants[0], weight=wants[1], bias=wants[2])
 
@@ -91,7 +68,7 @@ def _empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, operand_dtype: torch.dtype, wants: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = sum_dtype_of(operand_dtype)
-    dtypes = (kept_dtype(hidden), kept_dtype(weight), sums)
+    dtypes = (kept_dtype(hidden, sums), kept_dtype(weight, sums), sums)
     found = [
         tensor.new_empty(tensor.shape, dtype=dtype) if is_wanted and tensor is not None else None
         for tensor, dtype, is_wanted in zip((hidden, weight, bias), dtypes, wants, strict=True)
@@ -105,12 +82,6 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest
     shape = () if is_summed else labels.shape
     parts = (hidden.new_empty(shape, dtype=sum_dtype_of(operand_dtype)) for _ in range(2))
     return *parts, *_empty_gradients(hidden, weight, bias, operand_dtype, wants)
-
-
-@_gradients.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
-    operand_dtype, *_, wants = rest[5:]
-    return _empty_gradients(hidden, weight, bias, operand_dtype, wants)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -132,9 +103,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tupl
     else:
         hidden, weight, bias, labels, scale = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:3])
-        gradients = _gradients(
-            hidden, weight, bias, labels, scale * upstream, *ctx.numbers[:-1], wants
-        )
+        # The same once more, now with gradients: each token has a scale of its own.
+        scale = scale * upstream
+        gradients = _loss(hidden, weight, bias, labels, scale, *ctx.numbers[:-1], wants)[2:]
     chosen = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     found = [gradient.to(dtype) if needed else None for gradient, dtype, needed in chosen]
     return *found, *nothing
@@ -143,7 +114,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tupl
 _loss.register_autograd(_backward, setup_context=_save)
 
 
-def _sharding(hidden: Any, *rest: Any, num_parts: int) -> list[Any]:
+@register_sharding(torch.ops.automodel_fn.lm_head_loss.default)
+def _(hidden: Any, *rest: Any) -> list[Any]:
     _, bias, _, scale, *_, is_summed, wants = rest
     options = []
     for place in (Replicate(), *(Shard(dim) for dim in range(len(hidden.shape) - 1))):
@@ -157,18 +129,8 @@ def _sharding(hidden: Any, *rest: Any, num_parts: int) -> list[Any]:
         part = total if is_summed else place
         scaling = place if len(scale.shape) else Replicate()
         tensors = [place, Replicate(), None if bias is None else Replicate(), place, scaling]
-        options.append(([part] * num_parts + outputs, tensors + [None] * 9))
+        options.append(([part, part, *outputs], tensors + [None] * 9))
     return options
-
-
-@register_sharding(torch.ops.automodel_fn.lm_head_loss.default)
-def _(hidden: Any, *rest: Any) -> list[Any]:
-    return _sharding(hidden, *rest, num_parts=2)
-
-
-@register_sharding(torch.ops.automodel_fn.lm_head_loss_gradients.default)
-def _(hidden: Any, *rest: Any) -> list[Any]:
-    return _sharding(hidden, *rest, num_parts=0)
 
 
 def traced_loss(

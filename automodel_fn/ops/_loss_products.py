@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from automodel_fn.ops._loss_sums import WeightSum, add_product, multiply, product_dtype_of
+from automodel_fn.ops._loss_sums import WeightSum, product_dtype_of
 from automodel_fn.ops._products import hidden_gradient, multiply_, weight_gradient
 from automodel_fn.ops._split import num_parts_of
 from automodel_fn.ops._weight_parts import row_chunks, split_stacked_
@@ -52,15 +52,14 @@ class PlainProducts:
         self._weight = weight.to(operand_dtype).to(self.gradient_dtype)
 
     def write_logits(self, rows: slice, logits: Tensor) -> None:
-        multiply(self._hidden[rows], self._weight.t(), logits)
+        multiply_(logits, self._hidden[rows], self._weight.t())
 
     def write_hidden_gradient(self, gradients: Tensor, of_hidden: Tensor) -> None:
-        multiply(gradients, self._weight, of_hidden)
+        multiply_(of_hidden, gradients, self._weight)
 
     def add_weight_gradient(self, gradients: Tensor, rows: slice, total: WeightSum) -> None:
         for part, target, is_begun in total.parts():
-            put = add_product if is_begun else multiply
-            put(gradients[:, part].t(), self._hidden[rows], target)
+            multiply_(target, gradients[:, part].t(), self._hidden[rows], is_added=is_begun)
 
 
 class SplitProducts:

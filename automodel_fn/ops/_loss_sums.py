@@ -1,4 +1,4 @@
-"""Products and their sums over chunks, in more digits than their factors have.
+"""Dtypes of products, and their sums over chunks, in more digits than their factors have.
 
 Shapes: T is tokens, H the hidden dimension, V the vocabulary.
 """
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 
-def kept_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a gradient waits for what it will be multiplied by.
+def kept_dtype(tensor: Tensor, sums: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient waits for what it will be multiplied by: never above its sums'.
 
     The gradients of a mean over many tokens are below the range of float16 until the scale of the
     loss has come.
 
     Example:
-        >>> kept_dtype(torch.ones(1).half()), kept_dtype(torch.ones(1).bfloat16())
-        (torch.float32, torch.bfloat16)
+        >>> kept_dtype(torch.ones(1).half(), torch.float32)
+        torch.float32
+        >>> kept_dtype(torch.ones(1).double(), torch.float32)
+        torch.float32
     """
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+    if tensor.dtype == torch.float16:
+        return torch.float32
+    return sums if tensor.dtype == torch.float64 else tensor.dtype
 
 
 def sum_dtype_of(operand_dtype: torch.dtype) -> torch.dtype:
@@ -42,36 +46,6 @@ def product_dtype_of(operand_dtype: torch.dtype, device: torch.device) -> torch.
     if operand_dtype == torch.bfloat16 and device.type == "cuda":
         return torch.bfloat16
     return sum_dtype_of(operand_dtype)
-
-
-def multiply(left: Tensor, right: Tensor, product: Tensor) -> None:
-    """Write the product of two matrices, rounded once to the dtype that is given for it.
-
-    Args:
-        left: `[m, k]`.
-        right: `[k, n]`, of the same dtype.
-        product: `[m, n]`, written.
-    """
-    if left.dtype == product.dtype:
-        torch.mm(left, right, out=product)
-    elif left.is_cuda and product.dtype == torch.float32:
-        torch.mm(left, right, out_dtype=torch.float32, out=product)
-    else:
-        product.copy_(torch.mm(left, right))
-
-
-def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
-    """Add the product of two matrices to a sum, in the dtype of the sum.
-
-    Args:
-        left: `[m, k]`.
-        right: `[k, n]`, of the same dtype.
-        total: `[m, n]`, changed.
-    """
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 class WeightSum:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from automodel_fn.ops._heads import NARROW_DTYPES
 from automodel_fn.ops._split import num_parts_of, split_
 from automodel_fn.ops._weight_parts import WeightParts, row_chunks, split_stacked_
 
@@ -23,21 +24,30 @@ _ROW_STEP = 64
 
 
 def multiply_(total: Tensor, left: Tensor, right: Tensor, *, is_added: bool = False) -> None:
-    """Write a product of bfloat16 matrices to a float32 one, or add it; the CPU upcasts them.
+    """Write the product of two matrices, or add it to what is there.
+
+    The product of narrow matrices is made in float32 where that is the dtype of the total; the CPU
+    upcasts them for it. Where the total has fewer digits than they, it is rounded once.
 
     Args:
-        total: `[m, n]`, float32.
-        left: `[m, k]`, bfloat16.
-        right: `[k, n]`, bfloat16.
+        total: `[m, n]`, in the dtype of the factors, or float32, or, if nothing is added, any.
+        left: `[m, k]`.
+        right: `[k, n]`, of the same dtype.
         is_added: Add to what is there.
     """
-    if not left.is_cuda:
-        product = left.float() @ right.float()
-        total.add_(product) if is_added else total.copy_(product)
-    elif is_added:
+    is_wider = total.dtype == torch.float32 and left.dtype in NARROW_DTYPES
+    if is_wider and not left.is_cuda:
+        left, right, is_wider = left.float(), right.float(), False
+    if is_wider and is_added:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
+    elif is_wider:
         torch.mm(left, right, out_dtype=torch.float32, out=total)
+    elif is_added:
+        total.addmm_(left, right)
+    elif left.dtype == total.dtype:
+        torch.mm(left, right, out=total)
+    else:
+        total.copy_(left @ right)
 
 
 def logits_by_parts(hidden: Tensor, parts: WeightParts) -> Tensor:

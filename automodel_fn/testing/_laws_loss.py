@@ -52,10 +52,12 @@ def check_lm_head_loss(
     found = lm_head_loss(own[0], own[1], labels, bias=own[2], chunk_size=chunk_size, **options).loss
     demand(found.dtype == torch.float32, f"the loss is {found.dtype}, not float32")
     demand(found.shape == exact.shape, f"the loss has the shape {found.shape}, not {exact.shape}")
-    of_loss, of_gradients = _allowed(hidden_states, weight, labels, bias, options)
-    _demand_near("the loss", found, exact, of_loss)
     exact.sum().backward()
     found.sum().backward()
+    for tensor, was in zip(given, before, strict=True):
+        demand(not wrong_elements(fact_of(tensor), was), "lm_head_loss changed what it was given")
+    of_loss, of_gradients = _allowed(hidden_states, weight, labels, bias, options)
+    _demand_near("the loss", found, exact, of_loss)
     names = ("hidden_states", "weight", "bias")
     for name, ours, theirs, slack in zip(names, own, wide, of_gradients, strict=True):
         if ours is not None and theirs is not None and slack is not None:
@@ -65,14 +67,13 @@ def check_lm_head_loss(
             _demand_near(
                 f"the gradient of {name}", ours.grad, theirs.grad, slack + rounding + least
             )
-    for tensor, was in zip(given, before, strict=True):
-        demand(not wrong_elements(fact_of(tensor), was), "lm_head_loss changed what it was given")
 
 
 def _leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Any:
     if tensor is None:
         return None
-    return tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
+    # Of its own dtype it is the same memory, in its own strides.
+    return tensor.detach().to(dtype or tensor.dtype).requires_grad_()
 
 
 def _allowed(
@@ -93,23 +94,33 @@ def _allowed(
     off = (flat.shape[1] + _FUNCTIONS) * unit * (largest + 1)
     z_loss = options.get("z_loss", 0.0)
     lse = torch.logsumexp(logits, -1).abs() + off + 1
-    # A loss moves twice as far as the logits do, and sums of the vocabulary round.
+    # A loss moves twice as far as the logits do, and sums over the vocabulary round: that of the
+    # softmax within a logarithm, that of smoothing with the size of its logits.
     slope = 1 + 2 * z_loss * lse
-    of_token = 4 * slope * (off + (len(wide) + _FUNCTIONS) * unit * lse)
+    sums = len(wide) * unit * (1 + options.get("label_smoothing", 0.0) * largest)
+    of_token = 4 * slope * (off + sums + _FUNCTIONS * unit * lse)
     scale = _scale(labels, options)
     of_loss = _reduced(of_token, labels, options, scale)
     is_narrow = hidden.is_cuda and weight.dtype == torch.bfloat16
     rounding = torch.finfo(torch.bfloat16).eps if is_narrow else unit * _FUNCTIONS
-    # An element of the gradient of the logits is at most 2 times the slope.
-    of_logits = scale * slope * (4 * off + 2 * rounding + 2 * (len(wide) + len(flat)) * unit)
-    of_rows = of_logits.unsqueeze(1)
-    of_hidden = (of_rows * wide.abs().sum(0)).view(hidden.shape)
-    of_weight = (of_rows * size).sum(0).expand_as(wide)
+    part = 4 * off + 2 * rounding + 2 * (len(wide) + len(flat)) * unit
+    terms = _terms(logits, labels, slope, options)
+    # What underflows is lost in absolute terms.
+    of_logits = scale * (part.unsqueeze(1) * terms + torch.finfo(torch.float32).smallest_normal)
     return of_loss, [
-        of_hidden,
-        of_weight,
-        None if bias is None else of_logits.sum().expand_as(bias),
+        (of_logits @ wide.abs()).view(hidden.shape),
+        of_logits.t() @ size,
+        None if bias is None else of_logits.sum(0),
     ]
+
+
+def _terms(logits: Tensor, labels: Tensor, slope: Tensor, options: dict[str, Any]) -> Tensor:
+    """How large the terms of the gradients of logits `[T, V]` are together, without their signs."""
+    classes = labels.roll(-1, -1) if options.get("shift") else labels
+    is_label = classes.reshape(-1, 1) == torch.arange(logits.shape[1], device=logits.device)
+    smoothing = options.get("label_smoothing", 0.0)
+    softmax = torch.softmax(logits, -1) * slope.unsqueeze(1)
+    return softmax + smoothing / logits.shape[1] + (1 - smoothing) * is_label
 
 
 def _scale(labels: Tensor, options: dict[str, Any]) -> float:

@@ -1,15 +1,19 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.utils import parametrize
 
 from automodel_fn import ConfigError, LMHead, bf16, invalidate, lm_head_logits, weight_parts
+from automodel_fn.nn import _lm_head
 
 H, V = 16, 11
 precisions = pytest.mark.parametrize("precision", ["bf16x3", "bf16", "fp32"])
@@ -23,6 +27,21 @@ def linear(dtype=torch.float32, bias=False):
 
 def hidden(*shape):
     return torch.randn(*shape, H, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.fixture
+def used_parts(monkeypatch):
+    """The parts that forwards multiply, made as on CUDA."""
+    used = []
+
+    def product(*args, parts, **options):
+        used.append(parts)
+        return logits_product(*args, parts=parts, **options)
+
+    logits_product = _lm_head.logits_product
+    monkeypatch.setattr(_lm_head, "logits_product", product)
+    monkeypatch.setattr(LMHead, "_has_use_for_parts", lambda *_: True)
+    return used
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -43,6 +62,17 @@ def test_the_function_leaves_the_precision_to_it(precision):
     for asked in (None, precision):
         found = lm_head_logits(head, x, precision=asked, logits_to_keep=2, logits_dtype="bf16")
         assert torch.equal(found.logits, head(x[:, 3:]).bfloat16())
+
+
+@precisions
+def test_inside_of_another_module_it_keeps_to_its_precision(precision):
+    head, x = LMHead.from_linear(linear(), precision=precision), hidden(2, 5)
+    wrapped = nn.Sequential(nn.Identity(), head)
+    for asked in (None, precision):
+        assert torch.equal(lm_head_logits(wrapped, x, precision=asked).logits, head(x))
+    other = "bf16" if precision == "bf16x3" else "bf16x3"
+    with pytest.raises(ConfigError, match=f"precision of its own, '{precision}'"):
+        lm_head_logits(wrapped, x, precision=other)
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16"}])
@@ -197,11 +227,86 @@ def test_parts_of_one_optimizer_step_are_made_once(monkeypatch):
     assert len(made) == 3
 
 
+@kept
+def test_old_parts_are_gone_before_new_ones_are_made(monkeypatch, precision):
+    name = "rounded_weight" if precision == "bf16" else "weight_parts"
+    make, old = getattr(_lm_head, name), []
+
+    def making(weight):
+        assert all(parts() is None for parts in old)
+        made = make(weight)
+        old.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(_lm_head, name, making)
+    head = LMHead.from_linear(linear(), precision=precision)
+    for _ in range(3):
+        head.parts()
+        in_place(head)
+
+    assert len(old) == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "is_used"),
+    [
+        ("bf16x3", {}, True),
+        ("bf16", {}, True),
+        ("fp32", {}, False),
+        ("bf16x3", {"keep_parts": False}, False),
+        ("bf16x3", {"on_cuda": False}, False),
+        ("bf16x3", {"is_compiling": True}, False),
+        ("bf16x3", {"is_fake": True}, False),
+        ("bf16x3", {"is_capturing": True}, False),
+        ("bf16x3", {"is_capturing": True, "is_frozen": True}, True),
+    ],
+)
+def test_a_forward_uses_kept_parts_on_a_gpu_where_it_may(monkeypatch, precision, options, is_used):
+    class OnCuda(nn.Parameter):
+        is_cuda = options.get("on_cuda", True)
+        requires_grad = not options.get("is_frozen", False)
+
+    is_compiling, is_capturing = options.get("is_compiling"), options.get("is_capturing")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: bool(is_compiling))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(is_capturing))
+    if options.get("is_fake"):
+        monkeypatch.setattr(_lm_head, "FakeTensor", OnCuda)
+    head = LMHead(H, V, precision=precision, keep_parts=options.get("keep_parts", True))
+
+    assert head._has_use_for_parts(OnCuda(torch.ones(1))) is is_used
+
+
 def test_nothing_is_kept_where_it_is_not_wanted_or_costs_nothing():
     assert LMHead.from_linear(linear(), keep_parts=False).parts() is not None
     for head in (LMHead(H, V, keep_parts=False), LMHead(H, V, dtype=torch.bfloat16)):
         head.parts()
         assert head._kept is None
+
+
+class Noisy(nn.Module):
+    """Another weight each time that it is looked up."""
+
+    num_calls = 0
+
+    def forward(self, weight):
+        self.num_calls += 1
+        return weight * self.num_calls
+
+
+@kept
+def test_parts_of_a_weight_that_is_computed_are_of_the_one_it_multiplies(used_parts, precision):
+    head = LMHead.from_linear(linear(), precision=precision)
+    noise = Noisy()
+    parametrize.register_parametrization(head, "weight", noise, unsafe=True)
+    for _ in range(2):
+        noise.num_calls = 2
+        head(hidden(2))
+        assert noise.num_calls == 3
+
+    assert used_parts[0] is not used_parts[1]
+    for parts in used_parts:
+        assert torch.equal(parts.high, (linear().weight * 3).bfloat16())
+    assert head._kept is None
 
 
 def test_on_the_cpu_a_forward_makes_no_parts():
@@ -251,8 +356,6 @@ def test_it_compiles_in_one_graph_with_the_same_bits(precision):
 
 
 def test_fake_and_meta_tensors_give_shapes():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     head = LMHead(H, V, device="meta")
     x = torch.empty(2, 5, H, device="meta", dtype=torch.bfloat16)
     assert (head(x).shape, head(x).device.type) == ((2, 5, V), "meta")
@@ -276,6 +379,33 @@ def test_fsdp2_shards_it_as_a_linear(gloo, precision):
     changed.weight = nn.Parameter(head.weight.full_tensor().detach())
     again = lm_head_logits(changed, hidden(2, 5), precision=precision).logits
     assert torch.equal(head(hidden(2, 5)), again)
+
+
+@kept
+def test_parts_of_the_weight_that_fsdp2_gathers_are_kept_until_it_changes(
+    gloo, used_parts, precision
+):
+    head = fully_shard(
+        LMHead.from_linear(linear(), precision=precision), mesh=init_device_mesh("cpu", (1,))
+    )
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+
+    def double():
+        head.weight.to_local().data.mul_(2)
+        invalidate(head)
+
+    for change in (optimizer.step, double):
+        used_parts.clear()
+        for _ in range(2):
+            head(hidden(2, 5)).sum().backward()
+        change()
+        head(hidden(2, 5))
+
+        assert used_parts[0] is used_parts[1]
+        head.reshard()
+        whole = head.weight.full_tensor().detach()
+        expected = whole.bfloat16() if precision == "bf16" else weight_parts(whole).stacked
+        assert torch.equal(used_parts[2].stacked, expected)
 
 
 @kept

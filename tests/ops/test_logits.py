@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from automodel_fn import ConfigError, LMHeadOutput, lm_head_logits
@@ -241,6 +242,17 @@ def test_the_hooks_of_a_head_run(precision):
     lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].dtype))
     lm_head_logits(lm_head, hidden(2, 5), precision=precision)
     assert seen == [torch.float32 if precision else torch.bfloat16]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16x3", "bf16"])
+def test_hooks_of_every_module_run_on_a_head_too(precision):
+    seen = []
+    handle = register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    try:
+        lm_head_logits(head(torch.float32), hidden(2, 5), precision=precision)
+    finally:
+        handle.remove()
+    assert seen == [nn.Linear]
 
 
 def test_a_forward_that_was_replaced_runs():

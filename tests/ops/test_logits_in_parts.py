@@ -3,7 +3,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from automodel_fn import ConfigError, LMHead, LogitsPath, lm_head_logits, logits_path, weight_parts
+from automodel_fn import (
+    ConfigError,
+    LMHead,
+    LogitsPath,
+    WeightParts,
+    lm_head_logits,
+    logits_path,
+    weight_parts,
+)
 
 H, V = 16, 11
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,6 +99,15 @@ def test_gradients_come_in_the_dtypes_of_what_they_are_of(precision, stored):
     torch.testing.assert_close(lm_head.bias.grad, torch.full((V,), 6.0, dtype=stored))
 
 
+@in_bf16
+def test_the_gradient_of_a_float32_bias_is_summed_in_float32(precision):
+    lm_head, grad = head(bias=True), torch.ones(301, V, dtype=torch.bfloat16)
+    logits = lm_head_logits(lm_head, hidden(301), precision=precision, logits_dtype="bf16").logits
+    logits.backward(grad)
+
+    assert torch.equal(lm_head.bias.grad, torch.full((V,), 301.0))
+
+
 def test_a_tied_weight_gets_one_gradient_and_stays_as_it_is():
     embedding, lm_head = nn.Embedding(V, H, dtype=torch.bfloat16), head(torch.bfloat16)
     lm_head.weight = embedding.weight
@@ -146,6 +163,45 @@ def test_a_wrapped_head_is_called_and_its_products_are_made_so(precision):
 
 
 @in_bf16
+def test_a_head_that_rounds_what_it_gives_is_given_back_in_float32(precision):
+    class Rounded(Wrapped):
+        def forward(self, x):
+            return self.inner(x).bfloat16()
+
+    lm_head, x = head(), hidden(2, 5)
+    plain = lm_head_logits(lm_head, x, precision=precision).logits
+    found = lm_head_logits(Rounded(lm_head), x, precision=precision).logits
+
+    assert same(found, plain.bfloat16().float())
+
+
+@in_bf16
+def test_a_head_whose_product_cannot_be_made_so_is_an_error(precision):
+    class Multiplied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(head().weight.detach())
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype).t()
+
+    with pytest.raises(
+        ConfigError, match=r"Multiplied, computes: it makes no product by torch\.nn"
+    ):
+        lm_head_logits(Multiplied(), hidden(2, 5), precision=precision)
+
+
+@in_bf16
+def test_a_wrapped_head_that_was_compiled_is_multiplied_so_as_well(precision):
+    torch._dynamo.reset()
+    wrapped, x = Wrapped(head(bias=True)), hidden(2, 5)
+    compiled = torch.compile(wrapped, backend="aot_eager")
+    for _ in range(2):
+        found = lm_head_logits(compiled, x, precision=precision).logits
+        assert same(found, lm_head_logits(wrapped, x, precision=precision).logits)
+
+
+@in_bf16
 @pytest.mark.parametrize("shape", [(2, 5), (5,)])
 def test_logits_are_no_view_and_can_be_changed_in_place(precision, shape):
     logits = lm_head_logits(head(), hidden(*shape), precision=precision).logits
@@ -197,6 +253,13 @@ def test_parts_of_another_weight_are_an_error():
         lm_head_logits(
             head(), hidden(2), precision="bf16x3", weight_parts=weight_parts(torch.ones(9, H))
         )
+
+
+def test_parts_on_another_device_are_an_error():
+    stacked = torch.empty(V, 3 * H, device="meta", dtype=torch.bfloat16)
+    parts = WeightParts(stacked, num_parts=3, is_exact=True)
+    with pytest.raises(ConfigError, match=r"\(11, 48\) on meta; for this weight .* on cpu"):
+        lm_head_logits(head(), hidden(2), precision="bf16x3", weight_parts=parts)
 
 
 def test_parts_for_a_head_that_has_to_be_called_are_an_error():

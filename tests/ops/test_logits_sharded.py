@@ -130,6 +130,13 @@ def test_parts_of_a_head_that_fsdp2_casts_for_are_an_error(gloo, policy):
         lm_head_logits(lm_head, hidden(torch.bfloat16), precision="bf16x3")
 
 
+def test_parts_of_a_bf16_weight_that_fsdp2_leaves_as_it_is_are_made(gloo):
+    lm_head, weight = head(torch.bfloat16, param_dtype=torch.bfloat16)
+    x = hidden(torch.bfloat16)
+    found = lm_head_logits(lm_head, x, precision="bf16x3").logits
+    assert torch.equal(found, nn.functional.linear(x.float(), weight.float()))
+
+
 def test_bf16_runs_on_a_head_that_fsdp2_rounds(gloo):
     lm_head, weight = head(param_dtype=torch.bfloat16)
     x = hidden(torch.bfloat16)

@@ -11,7 +11,7 @@ from automodel_fn.ops._loss_reference import lm_head_loss_reference
 H, V = 16, 37
 # Relative to the norm: what the roundings of the dtype leave.
 TOLERANCE = {
-    torch.float64: 1e-13,
+    torch.float64: 1e-14,
     torch.float32: 1e-6,
     torch.float16: 5e-4,
     torch.bfloat16: 4e-3,
@@ -268,6 +268,16 @@ def test_the_weight_is_multiplied_in_its_own_dtype_or_in_the_one_asked_for():
         assert torch.equal(lm_head_loss(hidden, weight, labels, precision="fp32").loss, wide)
 
 
+def test_autocast_leaves_float64_as_it_is():
+    hidden, weight, labels, _ = made(torch.float64)
+    expected = lm_head_loss(hidden, weight, labels).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lm_head_loss(hidden, weight, labels).loss
+
+    assert found.dtype == torch.float64
+    assert torch.equal(found, expected)
+
+
 def test_exact_products_of_bf16_hidden_states_are_made_in_fp32_on_a_cpu():
     hidden, weight, labels, _ = made()
     own, wide = leaves(hidden.bfloat16(), weight), leaves(hidden.bfloat16().float(), weight)
@@ -284,6 +294,26 @@ def test_mixed_dtypes_give_gradients_in_their_own():
     lm_head_loss(*own, labels, precision="bf16").loss.backward()
 
     assert [leaf.grad.dtype for leaf in own] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("wide", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_float64_that_is_multiplied_in_bf16_gets_the_gradients_of_float32(
+    chunk_size, reduction, wide
+):
+    labels = made()[2]
+    own = leaves(
+        *(t.double() if is_wide else t for t, is_wide in zip(made()[:2], wide, strict=True))
+    )
+    narrow = leaves(*made()[:2])
+    for tensors in (own, narrow):
+        options = {"precision": "bf16", "reduction": reduction, "chunk_size": chunk_size}
+        lm_head_loss(*tensors, labels, **options).loss.sum().backward()
+
+    for ours, theirs, is_wide in zip(own, narrow, wide, strict=True):
+        assert ours.grad.dtype == (torch.float64 if is_wide else torch.float32)
+        assert torch.equal(ours.grad.float(), theirs.grad)
 
 
 def test_many_chunks_lose_no_bits_of_a_bf16_gradient():

@@ -111,13 +111,14 @@ def test_within_a_transform_of_torch_func_it_is_an_error():
         torch.func.grad(lambda weight: lm_head_loss(hidden, weight, labels).loss)(weight)
 
 
-def test_the_operator_has_no_second_derivative_either():
+@pytest.mark.parametrize("is_summed", [True, False])
+def test_the_operator_has_no_second_derivative_either(is_summed):
     from automodel_fn.ops._loss_op import traced_loss
 
     hidden, weight, labels = made(7)
-    options = ((-100, 0.0, 0.0, None), torch.float32, False, None)
-    loss, _ = traced_loss(hidden, weight, None, labels, torch.ones(()), *options, is_summed=True)
-    (grad, _) = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    given = (hidden, weight, None, labels, torch.ones(()), (-100, 0.0, 0.0, None))
+    loss, _ = traced_loss(*given, torch.float32, False, None, is_summed=is_summed)
+    (grad, _) = torch.autograd.grad(loss.sum(), (hidden, weight), create_graph=True)
 
     with pytest.raises(ConfigError, match="no second derivative"):
         grad.sum().backward()

@@ -9,6 +9,7 @@ from automodel_fn.ops._products import (
     hidden_gradient,
     logits_by_parts,
     logits_by_splitting,
+    multiply_,
     weight_gradient,
 )
 from automodel_fn.ops._weight_parts import weight_parts
@@ -37,6 +38,34 @@ def made(stored, of_grad=torch.float32):
 
 def error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+PRODUCTS = [
+    (torch.bfloat16, torch.float32, True),
+    (torch.float16, torch.float32, True),
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.float32, torch.float32, True),
+    (torch.float64, torch.float64, True),
+    (torch.float32, torch.bfloat16, False),
+    (torch.float64, torch.float32, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "of_total", "can_add"), PRODUCTS)
+def test_a_product_is_rounded_once_and_added_in_the_dtype_of_its_total(dtype, of_total, can_add):
+    # Whole numbers: sums of them are exact in float32, in any order.
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-99, 99, (5, 70), generator=generator).to(dtype)
+    right = torch.randint(-99, 99, (70, 3), generator=generator).to(dtype)
+    exact = left.double() @ right.double()
+    assert (exact.abs() > 2**8).any()
+    total = torch.full((5, 9), torch.nan, dtype=of_total)
+    multiply_(total[:, 3:6], left, right)
+    assert torch.equal(total[:, 3:6], exact.to(of_total))
+    assert total.isnan().sum() == 30
+    if can_add:
+        multiply_(total[:, 3:6], left, right, is_added=True)
+        assert torch.equal(total[:, 3:6], (2 * exact).to(of_total))
 
 
 @stored

@@ -63,6 +63,7 @@ CHANGES = {
     "another storage": set_data(lambda data: data.clone()),
     "fewer rows of its storage": set_data(lambda data: data[:2]),
     "other rows of its storage": set_data(lambda data: data[2:]),
+    "as many rows further on": set_data(lambda data: data.as_strided((4, 4), (4, 1), 16)),
     "its storage transposed": set_data(lambda data: data.t()),
     "its storage in another shape": set_data(lambda data: data.view(2, 8)),
     "its storage read as another dtype": set_data(lambda data: data.view(torch.complex32)),
@@ -76,7 +77,10 @@ EMPTYING = {"a removed parameter": removed, "a parametrization": parametrized}
 @pytest.fixture
 def module():
     torch.manual_seed(0)
-    return nn.Linear(4, 4)
+    made = nn.Linear(4, 4)
+    # Of version 0, as what others put in its place.
+    made.weight = nn.Parameter(torch.randn(8, 4)[:4])
+    return made
 
 
 @pytest.fixture
@@ -148,6 +152,17 @@ def test_weights_of_a_subclass_are_looked_at_by_their_stamps(watch):
     assert watch.are_same()
     with torch.no_grad():
         module.weight.mul_(2)
+    assert not watch.are_same()
+
+
+def test_weights_made_in_inference_mode_are_looked_at_by_their_stamps():
+    with torch.inference_mode():
+        module = nn.Linear(2, 2)
+    watch = WeightsWatch([(module._parameters, "weight")])
+    watch.take()
+    assert watch.are_same()
+    with torch.inference_mode():
+        module.weight = nn.Parameter(torch.ones(2, 2))
     assert not watch.are_same()
 
 
