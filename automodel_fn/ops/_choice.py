@@ -36,6 +36,8 @@ _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _PLAIN = (Tensor, nn.Parameter)
 # What compilers trace with, in a forward and in its backward, and what has shards of its own.
 _STAND_FOR_PLAIN = (FakeTensor, FunctionalTensor, DTensor)
+# Elements from which less memory traffic on a CPU is worth more than fewer calls.
+_WORTH_LESS_MEMORY = 2**17
 
 
 def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
@@ -87,6 +89,50 @@ def is_watched() -> bool:
         False
     """
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether an operation may compute on the memory of these, without an operator of its own.
+
+    Not where somebody watches, and not where any of them is no plain tensor: what has shards, say,
+    has no memory that a kernel could read, and torch refuses to mix it with plain ones.
+
+    Example:
+        >>> is_direct(torch.ones(2), None)
+        True
+    """
+    if is_watched():
+        return False
+    # Generators would cost more than all that they look at, here and below.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and not is_plain(tensor):
+            return False
+    return True
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed of them.
+
+    Example:
+        >>> needs_gradients(torch.ones(2), torch.ones(2, requires_grad=True), None)
+        True
+    """
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def is_worth_less_memory(tensor: Tensor) -> bool:
+    """Whether it is so large that on a CPU operators in place are quicker than fewer operators.
+
+    Example:
+        >>> is_worth_less_memory(torch.ones(64, 128))
+        False
+    """
+    return tensor.numel() >= _WORTH_LESS_MEMORY
 
 
 def is_exporting() -> bool:

@@ -112,9 +112,16 @@ class Launcher:
             if type(value) is int:
                 key.append((value == 1) + 2 * (value % 16 == 0) + 4 * (-_INT32 <= value < _INT32))
             elif isinstance(value, Tensor):
-                value, dtype = value.data_ptr(), value.dtype
-                key.append(dtype)
-                key.append(value % 16 == 0)
+                pointer = value.data_ptr()
+                if not pointer and value.numel():
+                    # What a kernel read there would end every later use of the device.
+                    raise TypeError(
+                        f"a kernel was given a {type(value).__name__} of the shape "
+                        f"{tuple(value.shape)}, which has no memory; expected a plain tensor."
+                    )
+                key.append(value.dtype)
+                key.append(pointer % 16 == 0)
+                value = pointer
             else:
                 key.append(type(value))
             passed.append(value)

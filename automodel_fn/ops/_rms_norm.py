@@ -16,9 +16,10 @@ from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops import _rms_norm_operators as operators
 from automodel_fn.ops._choice import (
     KernelChoice,
+    is_direct,
     is_exporting,
     is_plain,
-    is_watched,
+    is_worth_less_memory,
     kernel_choice,
 )
 from automodel_fn.ops._rms_norm_autograd import eager_torch, eager_triton
@@ -26,8 +27,6 @@ from automodel_fn.ops._rms_norm_torch import added, composed, is_sharded_on_last
 
 WeightMultiply = Literal["fp32", "input"]
 _WEIGHT_MULTIPLIES = ("fp32", "input")
-# Elements from which less memory traffic on a CPU is worth more than fewer calls.
-_WORTH_LESS_MEMORY = 2**17
 
 
 @overload
@@ -117,9 +116,9 @@ def rms_norm_fp32(
         return by(x, weight, eps, weight_multiply, residual)
     if not x.is_cuda or rms_norm_kernel(x, weight, residual).name == "torch":
         return _by_operators(x, weight, eps, weight_multiply, residual)
-    if is_watched() or not is_plain(x):
-        return _by_operator(x, weight, eps, weight_multiply, residual)
-    return eager_triton(x, weight, residual, eps, weight_multiply)
+    if is_direct(x, weight, residual):
+        return eager_triton(x, weight, residual, eps, weight_multiply)
+    return _by_operator(x, weight, eps, weight_multiply, residual)
 
 
 def rms_norm_kernel(
@@ -215,4 +214,4 @@ def _implementation(x: Tensor, weight: Tensor | None) -> Callable[..., Tensor]:
         return composed
     if not is_plain(x) or not (weight is None or is_plain(weight)):
         return composed
-    return eager_torch if x.numel() >= _WORTH_LESS_MEMORY else natively
+    return eager_torch if is_worth_less_memory(x) else natively

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from automodel_fn.ops._choice import needs_gradients
 from automodel_fn.ops._rms_norm_torch import gradients, gradients_in_place, in_place
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -31,26 +32,10 @@ def eager_torch(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: s
         >>> eager_torch(torch.tensor([3.0, 4.0]), None, 0.0, "fp32")
         tensor([0.8485, 1.1314])
     """
-    if needs_gradients(x, weight, None):
+    if needs_gradients(x, weight):
         found: Any = _ByTorch.apply(x, weight, eps, weight_multiply)
         return found
     return in_place(x, weight, eps, weight_multiply)
-
-
-def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed of them.
-
-    Example:
-        >>> needs_gradients(torch.ones(2), torch.ones(2, requires_grad=True), None)
-        True
-    """
-    if not torch.is_grad_enabled():
-        return False
-    # A generator would cost more than all that it looks at.
-    for tensor in tensors:  # noqa: SIM110
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 @cache

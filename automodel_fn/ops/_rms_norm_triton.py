@@ -172,6 +172,7 @@ def forward(
     num_rows = x.numel() // hidden
     x, x_stride = rows_of(x, hidden)
     residual, residual_stride = (None, 0) if residual is None else rows_of(residual, hidden)
+    weight = None if weight is None else weight.contiguous()
     arguments = (x, residual, weight, y, total, x_stride, residual_stride, num_rows, float(eps))
     if hidden > LARGEST:
         wide.forward(arguments, num_rows, hidden, rounds_first)
@@ -207,6 +208,7 @@ def backward(
     x, x_stride = rows_of(x, hidden)
     dy, dy_stride = rows_of(dy, hidden)
     dsum, dsum_stride = (None, 0) if dsum is None else rows_of(dsum, hidden)
+    weight = None if weight is None else weight.contiguous()
     tensors = (x, weight, dy, dsum, dx)
     numbers = (x_stride, dy_stride, dsum_stride, num_rows, float(eps))
     if hidden > LARGEST:

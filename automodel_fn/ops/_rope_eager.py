@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from automodel_fn.ops._choice import is_plain, is_watched
+from automodel_fn.ops._choice import is_direct, needs_gradients
 from automodel_fn.ops._rope_kernel import rotated_by_kernel
 from automodel_fn.ops._rope_operator import rope_operator
 from automodel_fn.ops._rope_rotation import Rotation
@@ -21,9 +20,9 @@ def rotated(
 
     One operator where somebody looks at operators, else straight to the kernel.
     """
-    if is_watched() or not is_plain(q) or not is_plain(k):
+    if not is_direct(q, k, cos, sin, ids):
         return rope_operator(q, k, cos, sin, ids, *rotation)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if needs_gradients(q, k):
         return _Rotated.apply(q, k, cos, sin, ids, rotation)
     return rotated_by_kernel(q, k, cos, sin, ids, rotation)
 

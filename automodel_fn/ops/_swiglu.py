@@ -14,10 +14,12 @@ from torch.autograd.function import once_differentiable
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops._choice import (
     KernelChoice,
+    is_direct,
     is_exporting,
     is_plain,
-    is_watched,
+    is_worth_less_memory,
     kernel_choice,
+    needs_gradients,
 )
 from automodel_fn.ops._swiglu_operators import multiplied
 from automodel_fn.ops._swiglu_torch import composed, gradients, gradients_in_place, in_place
@@ -57,12 +59,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ConfigError(itemized("swiglu cannot be computed:", _complaints(gate, up)))
     if torch.compiler.is_compiling():
         return composed(gate, up) if is_exporting() else multiplied(gate, up)
-    if swiglu_kernel(gate, up).name == "triton":
-        if is_watched() or not is_plain(gate):
-            return multiplied(gate, up)
-        return _eager(_ByTriton, gate, up)
-    is_simple = gate.is_cpu and is_plain(gate) and is_plain(up)
-    return _eager(_ByTorch, gate, up) if is_simple else composed(gate, up)
+    if not gate.is_cuda or swiglu_kernel(gate, up).name == "torch":
+        return _by_operators(gate, up)
+    return _eager(_ByTriton, gate, up) if is_direct(gate, up) else multiplied(gate, up)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -101,8 +100,17 @@ def _complaints(gate: Tensor, up: Tensor) -> list[str]:
     return lines
 
 
+def _by_operators(gate: Tensor, up: Tensor) -> Tensor:
+    if not gate.is_cpu or not is_plain(gate) or not is_plain(up):
+        return composed(gate, up)
+    # A function of Python costs autograd more than small tensors take to compute.
+    if needs_gradients(gate, up) and not is_worth_less_memory(gate):
+        return composed(gate, up)
+    return _eager(_ByTorch, gate, up)
+
+
 def _eager(function: Any, gate: Tensor, up: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if needs_gradients(gate, up):
         return function.apply(gate, up)
     return function.compute(gate, up)
 

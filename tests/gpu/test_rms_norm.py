@@ -87,7 +87,8 @@ def test_powers_of_two_change_no_bit(dtype, exponent, eps):
     check_rms_norm_scale(x, eps, exponent)
 
 
-@by_shape
+# Of one element, the exact gradient of x is what eps leaves of it: nearly nothing.
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (1, 1)])
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [
@@ -100,9 +101,6 @@ def test_powers_of_two_change_no_bit(dtype, exponent, eps):
 )
 def test_gradients_are_those_of_float64(shape, dtype, stored):
     x, weight = made(shape, dtype, stored)
-    if shape == (1, 1):
-        # There the exact gradient of x is what eps leaves of it: nearly nothing.
-        pytest.skip("not a test of precision")
     dy = torch.randn(shape, device="cuda").to(dtype)
     found_leaves = leaves(x, weight)
     y = rms_norm_fp32(*found_leaves, 1e-5)
@@ -143,6 +141,35 @@ def test_strided_rows_are_read_where_they_lie(dtype):
             y = rms_norm_fp32(used, weight, 1e-5)
             grads.append(torch.autograd.grad(y, used, upstream.to(dtype))[0])
         assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("hidden", [129, 17001])
+@pytest.mark.parametrize("kind", ["every second", "one for all"])
+def test_a_weight_with_gaps_is_the_weight(kind, hidden):
+    x, base = made((5, hidden), torch.bfloat16)
+    base = base.repeat_interleave(2)
+    given = base[::2] if kind == "every second" else base[:1].expand(hidden)
+    assert given.stride() != (1,)
+    dy = torch.randn_like(x)
+    found, expected = [], []
+    for weight, results in ((given, found), (given.contiguous(), expected)):
+        used = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        y = rms_norm_fp32(*used, 1e-5)
+        results += [y, *torch.autograd.grad(y, used, dy)]
+
+    for left, right in zip(found, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_weight_with_shards_beside_a_plain_input_is_refused_as_torch_refuses_it():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x, weight = made((4, 64), torch.bfloat16)
+        scale = distribute_tensor(weight, init_device_mesh("cuda", (1,)), [Shard(0)])
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            rms_norm_fp32(x, scale, 1e-5)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_only_what_is_wanted_is_differentiated():

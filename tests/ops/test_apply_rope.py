@@ -167,6 +167,18 @@ def test_first_and_second_derivatives_are_right(heads, layout, interleaved):
     assert gradgradcheck(rope, leaves)
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_of_both_may_be_differentiated_alone(heads, wanted):
+    cos, sin = tables(S, D // 2)
+    both = [x.clone().requires_grad_() for x in heads]
+    expected = torch.autograd.grad(apply_rope(*both, cos, sin), both, heads)[wanted]
+    given = [x.clone() for x in heads]
+    given[wanted].requires_grad_()
+    found = apply_rope(*given, cos, sin)[wanted]
+
+    assert same(torch.autograd.grad(found, given[wanted], heads[wanted]), [expected])
+
+
 @both_styles
 def test_the_operator_that_is_compiled_fulfils_what_torch_asks_of_one(heads, interleaved):
     operator = torch.ops.automodel_fn.apply_rope.default
@@ -275,6 +287,12 @@ def test_a_position_that_the_tables_do_not_have_is_an_error(heads, value):
         apply_rope(*heads, *tables(S + 3, 4), position_ids=ids)
     with pytest.raises(ConfigError, match=r"the tables have 0 to 9"):
         apply_rope(*heads, *tables(S + 3, 4), position_ids=value)
+
+
+def test_where_positions_are_not_looked_at_a_negative_one_is_refused_all_the_same(heads):
+    ids = torch.full((B, S), -1)
+    with pytest.raises(IndexError, match="out of range"):
+        torch.ops.automodel_fn.apply_rope(*heads, *tables(9, 8), ids, D, "bshd", 0, False, False)
 
 
 WRONG = {

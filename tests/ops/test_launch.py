@@ -135,6 +135,17 @@ def test_a_kernel_that_needs_scratch_memory_is_left_to_triton():
     assert (len(kernel.by_triton), len(kernel.direct)) == (2, 0)
 
 
+@pytest.mark.usefixtures("hooks")
+def test_a_tensor_without_memory_is_refused_before_any_launch_and_an_empty_one_is_not():
+    kernel, x = Kernel(), aligned(8)
+    launch_all(kernel, ((x, torch.empty(0)), ()))
+    assert len(kernel.by_triton) == 1
+
+    with pytest.raises(TypeError, match=r"a Tensor of the shape \(8,\), which has no memory"):
+        launch_all(kernel, ((x, torch.empty(8, device="meta")), ()))
+    assert len(kernel.by_triton) == 1
+
+
 @pytest.mark.parametrize(
     ("version", "interpret", "cuda", "name", "reason"),
     [
