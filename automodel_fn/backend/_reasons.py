@@ -78,6 +78,7 @@ def _plain(name: str, runs: Values) -> str:
     return {
         "enable_deepep": "replaced by dispatcher and experts",
         "te_fp8": "no FP8",
+        "lm_head_precision": "the head computes in the dtype of its weight",
         "gate_precision": "the gate projects in its input's dtype and scores in float32",
     }[name]
 

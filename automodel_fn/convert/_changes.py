@@ -71,7 +71,8 @@ def class_change(module: nn.Module, settings: Mapping[str, str]) -> ClassChange:
             state.pop(name, None)
     for field, choice in settings.items():
         if before.get(field) != choice:
-            found = BEHAVIOURS[field].state(module, choice)
+            needs = BEHAVIOURS[field].state(module, choice)
+            found = {name: value for name, value in needs.items() if name not in state}
             state |= found
             added |= {field: tuple(found)} if found else {}
     if added:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from automodel_fn.convert._norm_conventions import norm_convention, normed
 from automodel_fn.convert._settings import Behaviour, Namespace, own_class
-from automodel_fn.convert._te_state import NO_EXTRA_STATE, state_of
+from automodel_fn.convert._te_state import NO_EXTRA_STATE
 from automodel_fn.te._aware import step_aware
 from automodel_fn.te._load import load_te_classes
 
@@ -46,7 +46,7 @@ def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:
         dtype=weight.dtype,
         **options,
     )
-    return state_of(made, beside=module)
+    return vars(made)
 
 
 RMS_NORM = Behaviour(_namespace, bases=_bases, state=_state)

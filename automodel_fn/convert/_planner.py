@@ -103,6 +103,7 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         "rope_fusion": str(backend.rope_fusion),
         "swiglu": backend.swiglu,
         "loss": backend.loss,
+        "lm_head_precision": backend.lm_head_precision or "none",
         "gate_precision": "none" if precision is None else dtype_name(precision),
         "fake_balanced_gate": _fake_gate(backend),
         "compile_attn": str(backend.compile_attn),

@@ -32,7 +32,7 @@ class Behaviour:
     Args:
         namespace: What the subclass of a class has, for a choice.
         bases: The classes that it has before that class.
-        state: The attributes that a module needs for it.
+        state: The attributes that a module needs for it; those that it has already stay.
     """
 
     namespace: Callable[[type[Any], str], Namespace]

@@ -14,6 +14,7 @@ from typing import Any
 from automodel_fn.convert._compiled import COMPILE_ATTN
 from automodel_fn.convert._fp8_blocks import TE_FP8
 from automodel_fn.convert._gates import FAKE_GATE, GATE_PRECISION
+from automodel_fn.convert._heads import HEAD_PRECISION
 from automodel_fn.convert._linears import LINEAR
 from automodel_fn.convert._losses import LOSS
 from automodel_fn.convert._mlps import SWIGLU
@@ -30,6 +31,7 @@ BEHAVIOURS: Mapping[str, Behaviour] = {
     "swiglu": SWIGLU,
     "gate_precision": GATE_PRECISION,
     "fake_balanced_gate": FAKE_GATE,
+    "lm_head_precision": HEAD_PRECISION,
     "loss": LOSS,
     "compile_attn": COMPILE_ATTN,
     "te_fp8": TE_FP8,
