@@ -37,6 +37,8 @@ def _is_shaped_as_one(part: Part) -> bool:
 def _refusal(part: Part, around: Around) -> str:
     module: Any = part.module
     convention = norm_convention(part.own, has_weight(module))
+    if convention is None and norm_convention(part.own) is not None:
+        return "it has no parameter named weight"
     if convention is None:
         return _gated_refusal(part, around)
     # A dummy, as Falcon Mamba has, is none.
