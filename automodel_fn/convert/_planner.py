@@ -10,10 +10,11 @@ from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.backend._fp8 import RECIPES, TEFp8Config
 from automodel_fn.backend._probe import probe
-from automodel_fn.backend._reasons import FUSED_LOSS
+from automodel_fn.backend._reasons import FUSED_LOSS, TE_IN_FLOAT32
 from automodel_fn.backend._resolve import Resolution, resolve
 from automodel_fn.convert._around import Around, look_around
 from automodel_fn.convert._entries import SKIP, ModuleSwap
+from automodel_fn.convert._head_sizes import has_wide_te_attention
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
@@ -56,7 +57,8 @@ def backend_plan(
         ...     print(entry.name, entry.field, entry.action, entry.reason)
         0 linear skip skip='0'
     """
-    resolution = _resolved(backend, availability)
+    found = probe() if availability is None else availability
+    resolution = _resolved(backend, found)
     model_scan, parts = scanned(model)
     asked = asked_of(resolution.backend)
     around = look_around(
@@ -65,6 +67,7 @@ def backend_plan(
         asked,
         chosen=_chosen(resolution),
         skipped=skipped_parts(parts, skip),
+        has_gpu=bool(found.devices),
     )
     entries = tuple(_entries(around))
     return BackendPlan(
@@ -74,7 +77,7 @@ def backend_plan(
     )
 
 
-def _resolved(backend: BackendConfig | Resolution, availability: Availability | None) -> Resolution:
+def _resolved(backend: BackendConfig | Resolution, availability: Availability) -> Resolution:
     if isinstance(backend, Resolution):
         return backend
     if not isinstance(backend, BackendConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -82,7 +85,7 @@ def _resolved(backend: BackendConfig | Resolution, availability: Availability | 
             f"backend={type(backend).__name__} must be a BackendConfig or a Resolution; "
             "write backend_plan(model, BackendConfig(...))."
         )
-    return resolve(backend, probe() if availability is None else availability)
+    return resolve(backend, availability)
 
 
 def asked_of(backend: BackendConfig) -> dict[str, str]:
@@ -159,6 +162,9 @@ def _notes(
             yield from _in_vain(field, choice, found)
         elif field == "loss" and any(entry.changes and entry.after == "fused" for entry in found):
             yield FUSED_LOSS
+    te_attention = {entry.name for entry in by_field.get("te_attn", []) if entry.changes}
+    if any(has_wide_te_attention(around.by_name[name], around) for name in te_attention):
+        yield TE_IN_FLOAT32
     yield from _without_modules(backend, around)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from automodel_fn.convert._around import Around
 from automodel_fn.convert._compiled import is_attention
+from automodel_fn.convert._head_sizes import unfit_for_te
 from automodel_fn.convert._overlay import names_in, with_globals
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule
@@ -125,7 +126,7 @@ def _refusal(part: Part, around: Around) -> str:
     owner: Any = next(owners, None)
     if owner is not None and not owner.own._supports_sdpa:
         return f"{owner.class_name} of transformers does not support sdpa, whose masks it takes"
-    return ""
+    return unfit_for_te(part.module)
 
 
 TE_ATTENTION = Behaviour(_namespace, state=_state)
