@@ -8,7 +8,6 @@ from torch import nn
 
 from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
-from automodel_fn.backend._fp8 import RECIPES, TEFp8Config
 from automodel_fn.backend._probe import probe
 from automodel_fn.backend._reasons import FUSED_LOSS, TE_IN_FLOAT32
 from automodel_fn.backend._resolve import Resolution, resolve
@@ -17,6 +16,7 @@ from automodel_fn.convert._entries import SKIP, ModuleSwap
 from automodel_fn.convert._head_sizes import has_wide_te_attention
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
+from automodel_fn.convert._recipes import recipe_word
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
@@ -95,7 +95,7 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         >>> asked_of(BackendConfig(attn="sdpa", gate_precision="fp32"))["gate_precision"]
         'float32'
     """
-    precision, fp8 = backend.gate_precision, backend.te_fp8
+    precision = backend.gate_precision
     return {
         # Transformer Engine's function takes the masks that transformers makes for sdpa.
         "attn": "sdpa" if backend.attn == "te" else backend.attn,
@@ -110,7 +110,7 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         "gate_precision": "none" if precision is None else dtype_name(precision),
         "fake_balanced_gate": _fake_gate(backend),
         "compile_attn": str(backend.compile_attn),
-        "te_fp8": "none" if fp8 is None else _recipe_name(fp8),
+        "te_fp8": recipe_word(backend.te_fp8),
     }
 
 
@@ -118,15 +118,6 @@ def _fake_gate(backend: BackendConfig) -> str:
     if not backend.fake_balanced_gate:
         return "False"
     return f"noise {backend.fake_gate_noise}" if backend.fake_gate_noise else "balanced"
-
-
-def _recipe_name(fp8: TEFp8Config) -> str:
-    if isinstance(fp8.recipe, str):
-        return fp8.recipe
-    raise ConfigError(
-        f"te_fp8={type(fp8.recipe).__name__} is a recipe object, which has no place in a plan; use "
-        f"one of {', '.join(map(repr, RECIPES))}, or enter backend.te_fp8.autocast() yourself."
-    )
 
 
 def _chosen(resolution: Resolution) -> frozenset[str]:
