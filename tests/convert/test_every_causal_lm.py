@@ -22,6 +22,8 @@ def small_or_none(model_type):
             model = AutoModelForCausalLM.from_config(config)
         if sum(parameter.numel() for parameter in model.parameters()) > MOST:
             return None
+        # Hybrids want a cache of their own kind, where they are to have one.
+        config.use_cache = False
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).float()
     except (ConfigError, *CANNOT):
@@ -40,7 +42,7 @@ def losses(model, ids):
 @pytest.mark.filterwarnings("ignore")
 def test_every_causal_lm_of_transformers_computes_what_it_did_and_is_given_back():
     ids = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))
-    seen, wrong = 0, []
+    seen, skipped, wrong = 0, [], []
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         model = small_or_none(model_type)
         try:
@@ -48,6 +50,7 @@ def test_every_causal_lm_of_transformers_computes_what_it_did_and_is_given_back(
         except CANNOT:
             expected = None
         if expected is None:
+            skipped.append(model_type)
             continue
         seen += 1
         report = apply(backend_plan(model.eval(), BACKEND))
@@ -59,4 +62,6 @@ def test_every_causal_lm_of_transformers_computes_what_it_did_and_is_given_back(
             wrong.append(f"{model_type}: not given back")
 
     assert wrong == []
-    assert seen > 80
+    # Of 196: no causal LM by their default, too large, or not to be shrunken by a rule for all.
+    assert seen > 110, f"left out: {', '.join(skipped)}"
+    assert not {"llama", "mamba2", "bamba", "qwen3_next", "gemma4_text", "nanochat"} & set(skipped)

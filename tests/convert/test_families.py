@@ -22,6 +22,8 @@ CHOICES = {
     "rope": (FAMILIES, {"rope_fusion": True}),
     "swiglu": (("llama", "qwen3", *SILU_MOE, "qwen3_vl"), {"swiglu": "fused"}),
     "loss": (FAMILIES, {"loss": "fused"}),
+    "head": (FAMILIES, {"lm_head_precision": "fp32"}),
+    "head and loss": (FAMILIES, {"lm_head_precision": "fp32", "loss": "fused"}),
     "all": (FAMILIES, ALL),
 }
 CASES = [(family, choice) for choice, (families, _) in CHOICES.items() for family in families]
