@@ -58,6 +58,7 @@ def train(
     lm_head_precision: options.HeadPrecision = None,
     experts: options.Experts = None,
     fp8: options.Fp8 = None,
+    assignments: options.Set = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     out: options.RunFolder = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show failures only.")] = False,
@@ -83,7 +84,7 @@ def train(
         dtype=dtype,
         activation_checkpointing=activation_checkpointing,
         learning_rate=learning_rate,
-        backend=asked_backend(backend, fields),
+        backend=asked_backend(backend, fields, assignments or ()),
         seed=seed,
         out=out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"),
     )
@@ -108,6 +109,7 @@ def plan(
     lm_head_precision: options.HeadPrecision = None,
     experts: options.Experts = None,
     fp8: options.Fp8 = None,
+    assignments: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what a cast would do to each tensor of a model; no weights are needed.
@@ -126,7 +128,7 @@ def plan(
         skip=skip or (),
         match=match,
         html=html,
-        backend=asked_backend(backend, fields),
+        backend=asked_backend(backend, fields, assignments or ()),
     )
     if as_json:
         typer.echo(plans_json(made, swaps), nl=False)

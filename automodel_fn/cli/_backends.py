@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import attrs
+from typing import Any
 
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.errors import ConfigError
@@ -23,28 +22,47 @@ FIELDS = (
 )
 """Those that have an option, in the order in which the commands give them."""
 
-_WORDS = {"true": True, "false": False}
+_WORDS = {"true": True, "false": False, "none": None}
 
 
-def asked_backend(file: Path | None, fields: Sequence[str | None]) -> BackendConfig | None:
+def asked_backend(
+    file: Path | None, fields: Sequence[str | None], assignments: Sequence[str] = ()
+) -> BackendConfig | None:
     """The backend of a file, with the fields that were given; None if nothing was asked for.
 
     Args:
         file: YAML, or JSON where its name ends so; without it the default.
         fields: The values of FIELDS, None for those that were not given.
+        assignments: Any fields, each as "field=value"; over the others.
 
     Raises:
         ConfigError: The file cannot be read, or something in it or in the fields is wrong.
     """
     named = zip(FIELDS, fields, strict=True)
     given = {name: _value(value) for name, value in named if value is not None}
+    given |= dict(map(_assigned, assignments))
     if file is None:
         return BackendConfig.from_dict(given) if given else None
-    return attrs.evolve(_read(file), **given)
+    return BackendConfig.from_dict({**_read(file).to_dict(), **given})
 
 
-def _value(text: str) -> str | bool:
-    return _WORDS.get(text.lower(), text)
+def _assigned(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"--set {text!r} must be field=value, as compile_attn=true.")
+    return name.strip(), _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    """A word, a truth value, a number or nothing, as it would be in YAML."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _read(file: Path) -> BackendConfig:

@@ -104,6 +104,17 @@ HeadPrecision = Annotated[
 Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm.")]
 Fp8 = Annotated[str | None, _field("--fp8", "FP8 in Transformer Engine: current, block, mxfp8.")]
 
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any other field of the backend: as gate_precision=fp32, compile_attn=true, "
+        "te_fp8=none (repeatable).",
+        metavar="FIELD=VALUE",
+        show_default=False,
+    ),
+]
+
 BenchmarkName = Annotated[
     str | None, typer.Argument(help="The benchmark. Without it: the list of them.", metavar="NAME")
 ]

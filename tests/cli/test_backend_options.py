@@ -38,6 +38,48 @@ def test_a_file_may_be_json(tmp_path):
     assert asked_backend(path, NOTHING) == BackendConfig(attn="eager")
 
 
+def test_any_field_can_be_set_over_the_file_and_the_options(file):
+    given = ("gate_precision=fp32", "compile_attn=true", "attn=sdpa", "fake_balanced_gate=True")
+    more = ("fake_gate_noise=0.5", "dispatcher_num_sms=8", "te_fp8=none")
+    found = asked_backend(file, NOTHING, (*given, *more))
+
+    assert found == BackendConfig(
+        attn="sdpa",
+        rms_norm="torch_fp32",
+        gate_precision="fp32",
+        compile_attn=True,
+        fake_balanced_gate=True,
+        fake_gate_noise=0.5,
+        dispatcher_num_sms=8,
+    )
+    assert asked_backend(None, NOTHING, ("loss=fused",)) == BackendConfig(loss="fused")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("attn", "--set 'attn' must be field=value, as compile_attn=true"),
+        ("=te", "--set '=te' must be field=value"),
+        ("compile_atn=true", "did you mean 'compile_attn'"),
+        ("compile_attn=1.5", "compile_attn=1.5 must be True or False"),
+    ],
+)
+def test_what_cannot_be_set_is_an_error(text, said):
+    with pytest.raises(ConfigError, match=said):
+        asked_backend(None, NOTHING, (text,))
+
+
+def test_a_field_is_set_on_the_command_line(cli):
+    code, out, err = cli(
+        *("plan", "llama", "--lm-head-precision", "bf16x3", "--set", "attn=eager", "--json")
+    )
+
+    assert code == 0, err
+    plan = BackendPlan.from_json(json.dumps(json.loads(out)["backend_plan"]))
+    assert {e.after for e in plan.entries if e.field == "attn"} == {"eager"}
+    assert {e.after for e in plan.entries if e.field == "lm_head_precision"} == {"bf16x3"}
+
+
 @pytest.mark.parametrize("text", ["attn: [", "atn: eager", "attn: egaer"])
 def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path, text):
     path = tmp_path / "backend.yaml"
