@@ -136,8 +136,8 @@ BENCHMARK = Benchmark(
         ),
         _subject(
             "Liger",
-            "apply_liger_kernel_to_llama or _qwen3_moe with its defaults: rope, norms, SwiGLU, "
-            "linear and cross entropy fused",
+            "apply_liger_kernel_to_llama or _qwen3_moe with its defaults: rope, norms, SwiGLU "
+            "or experts, linear and cross entropy by its kernels",
             LIGER,
             load=liger,
             package="liger-kernel",

@@ -27,6 +27,13 @@ def subjects_of(case):
     return [s.name for s in BENCHMARK.subjects if matches_any(case.name, s.cases)]
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def measured(name, case):
     subject = SUBJECTS[name]
     try:
@@ -63,6 +70,7 @@ def test_the_plain_model_has_nothing_to_be_compared_with(case):
 
 # What warns here is the peers' code, and PyTorch's compiler.
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "case"),
