@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from automodel_fn.bench._spec import Benchmark, Measure, Promise, Subject
@@ -17,10 +16,7 @@ from automodel_fn.bench._train_step_ways import (
     PLAIN,
     TE_LINEAR,
     Way,
-    liger,
-    nemo,
 )
-from automodel_fn.te._load import load_te_classes
 
 _NAME, _PLAIN_NAME = "automodel_fn", "Hugging Face"
 _TIMED_ON_GPU = ("llama", "moe", "quick-llama", "quick-moe")
@@ -34,7 +30,6 @@ def _subject(
     description: str,
     way: Way,
     *,
-    load: Callable[[], object] = lambda: None,
     package: str = "transformers",
     claims: tuple[str, ...] = (),
     promises: tuple[Promise, ...] = (),
@@ -44,7 +39,7 @@ def _subject(
         name,
         description=description,
         measure=partial(measured_step, way, name.startswith(_NAME)),
-        load=load,
+        load=way.load,
         package=package,
         claims=claims,
         promises=promises,
@@ -124,7 +119,6 @@ BENCHMARK = Benchmark(
             f"{_NAME}, FP8",
             "the same with te.Linear in FP8, current scaling, weights kept in a step_context",
             OURS_FP8,
-            load=load_te_classes,
             package="transformer-engine",
             claims=("is_loss_of_plain", "is_weight_kept"),
             promises=_promises(1.48, 20.5),
@@ -139,7 +133,6 @@ BENCHMARK = Benchmark(
             "apply_liger_kernel_to_llama or _qwen3_moe with its defaults: rope, norms, SwiGLU "
             "or experts, linear and cross entropy by its kernels",
             LIGER,
-            load=liger,
             package="liger-kernel",
             cases=_TIMED_ON_GPU,
         ),
@@ -147,7 +140,6 @@ BENCHMARK = Benchmark(
             "NeMo Automodel",
             "its own LlamaForCausalLM with attn sdpa, linear torch, rms_norm torch_fp32",
             NEMO,
-            load=nemo,
             package="nemo-automodel",
             cases=_LLAMA,
         ),
@@ -156,7 +148,6 @@ BENCHMARK = Benchmark(
             "te.Linear in the place of each nn.Linear but the head, FP8 by current scaling, "
             "weights quantized in every microbatch",
             TE_LINEAR,
-            load=load_te_classes,
             package="transformer-engine",
             cases=_TIMED_ON_GPU,
         ),

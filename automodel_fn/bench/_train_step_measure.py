@@ -115,6 +115,7 @@ def measured_step(way: Way, is_ours: bool, case: Case) -> Measured:
 
 
 def _measured(way: Way, case: Case) -> Measured:
+    way.load()
     plain: list[float] = []
     if case.parameter("loss_steps") and way is not PLAIN:
         plain = _losses(training_of(PLAIN, case), case)

@@ -32,12 +32,15 @@ class Way:
     Args:
         prepare: Makes the model of a case.
         scope: What a microbatch's forward and backward run in, given its step.
+        load: Imports what it needs; done before any model runs, since Transformer Engine cannot be
+            imported where PyTorch has loaded another cuDNN for an attention.
     """
 
     prepare: Callable[[Case], nn.Module]
     scope: Callable[[StepContext], AbstractContextManager[object]] = attrs.field(
         default=_no_scope, kw_only=True
     )
+    load: Callable[[], object] = attrs.field(default=lambda: None, kw_only=True)
 
 
 def our_backend(case: Case) -> BackendConfig:
@@ -74,7 +77,7 @@ def _compiled(case: Case) -> nn.Module:
     return model
 
 
-def liger() -> Any:
+def _liger_package() -> Any:
     """The peer's module."""
     import liger_kernel.transformers as package  # pyright: ignore[reportMissingImports] - a peer
 
@@ -84,11 +87,11 @@ def liger() -> Any:
 def _liger(case: Case) -> nn.Module:
     model = built_model(case)
     family = "qwen3_moe" if is_mixture(case) else "llama"
-    getattr(liger(), f"apply_liger_kernel_to_{family}")(model=model)
+    getattr(_liger_package(), f"apply_liger_kernel_to_{family}")(model=model)
     return model
 
 
-def nemo() -> tuple[Any, Any]:
+def _nemo_classes() -> tuple[Any, Any]:
     """The peer's class of a model, and its BackendConfig."""
     from nemo_automodel.components.models.common.utils import (  # pyright: ignore[reportMissingImports] - a peer
         BackendConfig,
@@ -101,7 +104,7 @@ def nemo() -> tuple[Any, Any]:
 
 
 def _nemo(case: Case) -> nn.Module:
-    made, backend = nemo()
+    made, backend = _nemo_classes()
     config = config_of(case)
     config.dtype, config._attn_implementation = torch.bfloat16, "sdpa"
     torch.manual_seed(0)
@@ -135,9 +138,9 @@ def _in_fp8(step: StepContext) -> AbstractContextManager[object]:
 
 
 OURS = Way(_ours, scope=step_context)
-OURS_FP8 = Way(_ours_in_fp8, scope=step_context)
+OURS_FP8 = Way(_ours_in_fp8, scope=step_context, load=load_te_classes)
 PLAIN = Way(built_model)
 COMPILED = Way(_compiled)
-LIGER = Way(_liger)
-NEMO = Way(_nemo)
-TE_LINEAR = Way(_te_linear, scope=_in_fp8)
+LIGER = Way(_liger, load=_liger_package)
+NEMO = Way(_nemo, load=_nemo_classes)
+TE_LINEAR = Way(_te_linear, scope=_in_fp8, load=load_te_classes)

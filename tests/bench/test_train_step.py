@@ -125,6 +125,18 @@ def test_a_peer_that_fails_is_a_problem_and_ours_that_fails_ends_the_run():
         measured_step(Way(failing), True, LLAMA)
 
 
+def test_what_a_way_needs_is_imported_before_any_model_runs():
+    def load():
+        raise ImportError("nothing is here")
+
+    def never(case):
+        raise AssertionError
+
+    found = measured_step(Way(never, load=load), False, LLAMA)
+
+    assert found.problem == "it raised ImportError: nothing is here"
+
+
 def test_losses_that_differ_show():
     def other_weights(case):
         model = built_model(case)
