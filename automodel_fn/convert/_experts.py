@@ -67,11 +67,11 @@ def _stacked(experts: Any, name: str) -> Stacked:
 
 
 def _namespace(below: type[Any], choice: str) -> Namespace:
-    _NEEDED.get(choice, bool)()
     return {"forward": _forward}
 
 
 def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:
+    _NEEDED.get(choice, bool)()
     return {PRODUCT: _PRODUCTS[choice]()}
 
 

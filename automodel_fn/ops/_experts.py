@@ -7,9 +7,8 @@ size of an expert, R the rows of all experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import attrs
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,9 +20,8 @@ PRODUCT = "_automodel_fn_product"
 """The attribute of experts that says how their rows are multiplied."""
 
 
-@attrs.frozen(eq=False)
-class Stacked:
-    """The weights of one linear layer of all experts.
+class Stacked(NamedTuple):
+    """The weights of one linear layer of all experts; a tuple, which torch.compile can make.
 
     Args:
         weight: `[E, out, in]`; where they are transposed, `[E, in, out]`.
@@ -33,9 +31,9 @@ class Stacked:
     """
 
     weight: Tensor
-    name: str = attrs.field(kw_only=True)
-    bias: Tensor | None = attrs.field(default=None, kw_only=True)
-    is_transposed: bool = attrs.field(default=False, kw_only=True)
+    name: str
+    bias: Tensor | None = None
+    is_transposed: bool = False
 
 
 class Product(Protocol):

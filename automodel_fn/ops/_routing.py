@@ -6,9 +6,8 @@ those that fill experts up to a multiple of rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,9 +16,10 @@ from automodel_fn.ops._autocast import without_autocast
 from automodel_fn.ops._routing_sums import gradients, weighted_sums
 
 
-@attrs.frozen(eq=False)
-class Routing:
+class Routing(NamedTuple):
     """Where each token goes: rows, those of the first expert first.
+
+    A tuple, which torch.compile can make.
 
     Args:
         tokens: `[R]`, int64: the token of each row. In each expert they are in their order; what
@@ -31,10 +31,10 @@ class Routing:
     """
 
     tokens: Tensor
-    experts: Tensor = attrs.field(kw_only=True)
-    places: Tensor = attrs.field(kw_only=True)
-    ends: Tensor = attrs.field(kw_only=True)
-    splits: tuple[int, ...] | None = attrs.field(default=None, kw_only=True)
+    experts: Tensor
+    places: Tensor
+    ends: Tensor
+    splits: tuple[int, ...] | None = None
 
 
 def routing_of(chosen: Tensor, num_experts: int, multiple: int | None = None) -> Routing:

@@ -23,7 +23,7 @@ def weighted_sums(
         tensor([[7.]])
     """
     wide = _wide(rows, weights)
-    taken = rows.index_select(0, places.flatten()).view(*places.shape, -1)
+    taken = rows.index_select(0, places.flatten()).view(*places.shape, rows.shape[-1])
     if weights is None:
         return taken.sum(1, dtype=wide).to(dtype)
     return (taken.to(wide) * weights.to(wide)[..., None]).sum(1).to(dtype)
@@ -61,7 +61,7 @@ def gradients(
         of_rows = of_rows.index_copy(0, places.flatten(), weights.flatten().to(wide))
         drows = (dy.index_select(0, tokens).to(wide) * of_rows[:, None]).to(rows.dtype)
     if needed[1]:
-        taken = rows.index_select(0, places.flatten()).view(*places.shape, -1)
+        taken = rows.index_select(0, places.flatten()).view(*places.shape, rows.shape[-1])
         products = taken.to(wide) * dy.to(wide)[:, None]
         dweights = products.sum(-1).to(weights.dtype)
     return drows, dweights

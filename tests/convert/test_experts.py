@@ -113,14 +113,14 @@ def test_logits_and_gradients_are_those_of_the_loop_of_transformers(family, choi
 def test_trained_swapped_back_saved_and_loaded_it_gives_the_same_logits(
     family, choice, planned, tmp_path
 ):
-    dtype = torch.bfloat16 if choice == "gmm" else torch.float32
-    model, batch = small_model(family, dtype=dtype), batch_of(family)
+    model, batch = small_model(family), batch_of(family)
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     report = apply(planned(model, choice))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(2):
-        losses.append(model(**batch).loss)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=choice == "gmm"):
+            losses.append(model(**batch).loss)
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -133,7 +133,7 @@ def test_trained_swapped_back_saved_and_loaded_it_gives_the_same_logits(
     model.set_experts_implementation("eager")
     expected = model.eval()(**batch).logits
     for folder in ("swapped", "back"):
-        loaded = type(model).from_pretrained(tmp_path / folder, dtype=dtype).eval()
+        loaded = type(model).from_pretrained(tmp_path / folder).eval()
         loaded.set_experts_implementation("eager")
 
         assert torch.equal(loaded(**batch).logits, expected)
@@ -242,14 +242,15 @@ def test_without_the_package_the_error_says_what_to_do(planned, monkeypatch):
     with pytest.raises(BackendUnavailableError, match=r"grouped_gemm.*pip install grouped_gemm"):
         apply(planned(model, "gmm"))
 
-    assert "forward" not in vars(type(experts_of(model)[0])) or experts_of(model)[0].config
+    assert {type(each).__name__ for each in experts_of(model)} == {"Qwen3MoeExperts"}
+    assert not any(hasattr(each, "_automodel_fn_product") for each in experts_of(model))
     with pytest.raises(BackendUnavailableError, match="experts='gmm': grouped_gemm is not"):
         backend_plan(model, attrs.evolve(OWN, experts="gmm"))
 
 
 @choices
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+@pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.usefixtures("exact")
 def test_experts_without_tokens_are_untouched(choice, transposed, num_tokens, planned):
     family = "gpt_oss" if transposed else "qwen3_moe"
@@ -262,19 +263,33 @@ def test_experts_without_tokens_are_untouched(choice, transposed, num_tokens, pl
     sources = (x, weights, experts.gate_up_proj, experts.down_proj)
     model.set_experts_implementation("eager")
     expected = experts(x, chosen, weights)
-    gradients = torch.autograd.grad(expected.sum(), sources, allow_unused=True)
+    gradients = torch.autograd.grad(expected.sum(), sources)
     apply(planned(model, choice))
     found = experts(x, chosen, weights)
-    ours = torch.autograd.grad(found.sum(), sources, allow_unused=choice == "torch")
+    ours = torch.autograd.grad(found.sum(), sources)
 
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
     for gradient, other in zip(ours, gradients, strict=True):
-        if other is None:
-            assert gradient is None or not gradient.any()
-        else:
-            torch.testing.assert_close(gradient, other, rtol=5e-2, atol=5e-3)
-    for each in ours[2:]:
-        assert each is None or not each[[1, 3]].any()
+        torch.testing.assert_close(gradient, other, rtol=5e-2, atol=5e-3)
+    for gradient in ours[2:]:
+        assert gradient[[0, 2]].any()
+        assert not gradient[[1, 3]].any()
+
+
+@pytest.mark.parametrize("choice", ["torch_mm", "te", "gmm"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.usefixtures("exact")
+def test_of_no_tokens_the_gradients_are_zeros(choice, family, planned):
+    model = small_model(family, dtype=torch.bfloat16)
+    apply(planned(model, choice))
+    experts = experts_of(model)[0]
+    x = torch.randn(0, 32, dtype=torch.bfloat16, requires_grad=True)
+    chosen, weights = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2).bfloat16()
+    found = experts(x, chosen, weights)
+    gradients = torch.autograd.grad(found.sum(), (x, *experts.parameters()))
+
+    assert found.shape == (0, 32)
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("choice", ["torch_mm", "te", "gmm"])
@@ -329,6 +344,8 @@ def test_a_recompute_gives_the_same_gradients(choice, use_reentrant, planned):
         assert torch.equal(source.grad, gradient)
 
 
+# Of PyTorch's own compiler, which makes one to trace it.
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 def test_torch_mm_is_compiled_whole_and_so_are_its_gradients(planned):
     model, batch = small_model("gpt_oss", dtype=torch.bfloat16), batch_of("gpt_oss")
     apply(planned(model, "torch_mm"))
@@ -375,8 +392,7 @@ class TestTransformerEngine:
     @pytest.mark.parametrize(
         "change",
         [
-            lambda experts: experts.gate_up_proj.data.copy_(experts.gate_up_proj.data * 2)
-            and invalidate(experts),
+            lambda experts: (experts.gate_up_proj.data.mul_(2), invalidate(experts)),
             lambda experts: nn.init.normal_(experts.gate_up_proj),
             lambda experts: setattr(
                 experts, "gate_up_proj", nn.Parameter(torch.randn_like(experts.gate_up_proj))
@@ -394,7 +410,7 @@ class TestTransformerEngine:
         with step_context(first_microbatch=False):
             found = model(**batch).logits
 
-        assert cache_counts(model).refreshed == 1
+        assert cache_counts(model).refreshed
         assert torch.equal(found, model(**batch).logits)
 
     def test_an_optimizer_step_is_noticed(self, model):
@@ -447,14 +463,17 @@ class TestTransformerEngine:
             assert_close(found[2][name], gradient, 1e-5)
 
     def test_a_forward_keeps_no_graph(self, model):
-        found = model(**batch_of("qwen3_moe")).logits
-        gone = weakref.ref(found.grad_fn)
-        del found
+        experts = experts_of(model)[0]
+        x = torch.randn(9, 32).requires_grad_()
+        kept = x * 1
+        gone = weakref.ref(kept)
+        experts(kept, torch.rand(9, 4).topk(2).indices, torch.rand(9, 2))
+        del kept
         gc.collect()
 
         assert gone() is None
         for made in self.grouped(model):
-            assert not [name for name in vars(made) if name.startswith(("weight", "bias"))]
+            assert not [name for name in vars(made) if name.startswith("weight")]
 
     def test_copies_have_modules_of_their_own(self, model):
         batch = batch_of("qwen3_moe")
