@@ -39,9 +39,20 @@ GROUPED = tuple(_PRODUCTS)
 """The choices of `experts` that are grouped here."""
 
 
-def _forward(
+def grouped_forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
+    """What transformers' forwards compute, called as they are.
+
+    Args:
+        self: The module.
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, K]`: the experts of each token.
+        top_k_weights: `[T, K]`.
+
+    Returns:
+        `[T, H]`, in the dtype of `hidden_states`.
+    """
     return through_experts(
         hidden_states,
         top_k_index,
@@ -67,7 +78,7 @@ def _stacked(experts: Any, name: str) -> Stacked:
 
 
 def _namespace(below: type[Any], choice: str) -> Namespace:
-    return {"forward": _forward}
+    return {"forward": grouped_forward}
 
 
 def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from automodel_fn.ops._autocast import without_autocast
+from automodel_fn.ops._choice import KernelChoice, is_direct, kernel_choice
 from automodel_fn.ops._routing_sums import gradients, weighted_sums
 
 
@@ -131,6 +132,38 @@ def bias_of_rows(bias: Tensor, routing: Routing) -> Tensor:
     return apply(bias, routing.experts)
 
 
+def routing_kernel(rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> KernelChoice:
+    """What adds up tokens' rows, and computes their gradients: a kernel, or torch's operators.
+
+    Kernels take plain tensors of one CUDA device in bf16, fp16 or fp32. In compiled code it is
+    always torch's operators, which the compiler fuses.
+
+    Example:
+        >>> routing_kernel(torch.ones(2, 2), None, torch.float32).reason
+        'rows is on cpu'
+    """
+    if dtype == torch.float64:
+        return KernelChoice("torch", reason="the result is torch.float64")
+    found = kernel_choice(rows=rows, weights=weights)
+    if found.name == "triton" and not is_direct(rows, weights):
+        return KernelChoice("torch", reason="somebody watches, or a tensor is no plain one")
+    return found
+
+
+def _is_by_kernel(rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return routing_kernel(rows, weights, dtype).name == "triton"
+
+
+def _sums(rows: Tensor, weights: Tensor | None, places: Tensor, dtype: torch.dtype) -> Tensor:
+    if not _is_by_kernel(rows, weights, dtype):
+        return weighted_sums(rows, weights, places, dtype)
+    from automodel_fn.ops._routing_triton import weighted_sums as by_kernel
+
+    return by_kernel(rows, weights, places, dtype)
+
+
 class _Dispatched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
@@ -143,7 +176,7 @@ class _Dispatched(torch.autograd.Function):
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
-        return weighted_sums(dy, None, places, dy.dtype), None, None
+        return _sums(dy, None, places, dy.dtype), None, None
 
 
 class _Combined(torch.autograd.Function):
@@ -153,14 +186,21 @@ class _Combined(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weights, tokens, places)
         with without_autocast(rows):
-            return weighted_sums(rows, weights, places, dtype)
+            return _sums(rows, weights, places, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        drows, dweights = gradients(dy, *ctx.saved_tensors, needed=ctx.needs_input_grad[:2])
+        rows, weights, tokens, places = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if _is_by_kernel(rows, weights, dy.dtype):
+            from automodel_fn.ops._routing_triton import gradients as by_kernel
+
+            drows, dweights = by_kernel(dy, rows, weights, places, needed)
+        else:
+            drows, dweights = gradients(dy, rows, weights, tokens, places, needed=needed)
         return drows, dweights, None, None, None
 
 
