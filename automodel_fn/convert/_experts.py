@@ -1,8 +1,8 @@
 """Experts of transformers whose products are grouped by another backend than its own.
 
 Their forward stands in the place of the one that asks transformers' registry, which stays as it is,
-and so does their config. It keeps fewer tensors than transformers' grouped forward does, adds up in
-one order and in float32, forward and backward, and rounds once.
+and so does their config. It adds up in float32 and in one order, forward and backward, and rounds
+once, where transformers' rounds each weighted row and leaves the backward to `index_put`.
 """
 
 from __future__ import annotations
