@@ -97,7 +97,7 @@ RopeFusion = Annotated[
 ]
 Swiglu = Annotated[str | None, _field("--swiglu", "SwiGLU: auto, torch, fused.")]
 Loss = Annotated[str | None, _field("--loss", "The loss: auto, torch, fused (no logits).")]
-Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm.")]
+Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm, te, gmm.")]
 Fp8 = Annotated[str | None, _field("--fp8", "FP8 in Transformer Engine: current, block, mxfp8.")]
 
 BenchmarkName = Annotated[
