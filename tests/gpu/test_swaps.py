@@ -105,3 +105,25 @@ def test_in_fp8_the_loss_is_near_and_so_it_is_with_recomputes_and_kept_weights()
         for name, gradient in gradients.items():
             error = (recomputed[name].float() - gradient.float()).norm()
             assert error < 2e-2 * gradient.float().norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("loss", ["torch", "fused"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16x3"])
+def test_a_head_in_a_precision_gives_the_loss_of_float32_products(precision, loss):
+    model = model_of("Llama", torch.bfloat16)
+    model.lm_head.float()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(0, 512, (2, 64), device="cuda", generator=generator)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids)[0].double()
+        logits = hidden @ model.lm_head.weight.double().T
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    report = apply(backend_plan(model, attrs.evolve(OWN, lm_head_precision=precision, loss=loss)))
+    for _ in range(2):
+        found = model(input_ids=ids, labels=ids).loss
+        found.backward()
+        assert abs(found.double() - expected) < 1e-5 * expected
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    report.undo()
+    assert type(model.lm_head) is torch.nn.Linear
