@@ -20,7 +20,7 @@ HOPPER = Availability(
 
 @example(BackendConfig(), CPU)
 @example(BackendConfig(), HOPPER)
-# FP8 that has nothing but the experts to act on, which then need another dispatcher.
+# FP8 that has nothing but the experts to act on.
 @example(BackendConfig(te_fp8="current", linear="torch"), HOPPER)
 @example(BackendConfig(te_fp8="current", compile_attn=True), HOPPER)
 @example(BackendConfig(experts="te", te_fp8="mxfp8"), HOPPER)

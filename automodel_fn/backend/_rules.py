@@ -94,14 +94,6 @@ RULES = (
     ),
     Rule(
         ("experts", "dispatcher"),
-        text="experts='te' and 'gmm' need dispatcher='deepep', 'hybridep' or 'uccl_ep'; "
-        "set one of them, or experts='torch_mm'",
-        holds=lambda values: (
-            values["experts"] not in ("te", "gmm") or values["dispatcher"] != "torch"
-        ),
-    ),
-    Rule(
-        ("experts", "dispatcher"),
         text="experts='torch' needs dispatcher='torch'; set it, or experts='torch_mm'",
         holds=lambda values: values["experts"] != "torch" or values["dispatcher"] == "torch",
     ),

@@ -1,5 +1,6 @@
 """Benchmarks: ours beside its peers, in one run, each measurement in a fresh process."""
 
+from automodel_fn.bench._promises import Outcome
 from automodel_fn.bench._registry import BENCHMARKS
 from automodel_fn.bench._result import (
     Absence,
@@ -10,7 +11,7 @@ from automodel_fn.bench._result import (
 )
 from automodel_fn.bench._rows import BenchmarkRow
 from automodel_fn.bench._runner import Progress, run_benchmark
-from automodel_fn.bench._spec import Benchmark, Case, Measure, Measured, Subject
+from automodel_fn.bench._spec import Benchmark, Case, Measure, Measured, Promise, Subject
 from automodel_fn.bench._statistics import Summary
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "Measure",
     "Measured",
     "Measurement",
+    "Outcome",
     "Progress",
+    "Promise",
     "Subject",
     "Summary",
     "run_benchmark",

@@ -13,7 +13,7 @@ from automodel_fn.errors import ConfigError
 if TYPE_CHECKING:
     from automodel_fn.bench._result import BenchmarkResult
 
-FORMAT = "automodel_fn.benchmark/2"
+FORMAT = "automodel_fn.benchmark/3"
 _PAIRS = ("values", "facts", "packages", "summaries", "ratios")
 
 

@@ -8,7 +8,7 @@ import attrs
 
 from automodel_fn.bench._json import result_from_json, result_to_json
 from automodel_fn.bench._rows import BenchmarkRow, result_rows
-from automodel_fn.bench._spec import Measure, Pairs, pairs
+from automodel_fn.bench._spec import Measure, Pairs, Promise, pairs
 
 
 @attrs.frozen
@@ -86,12 +86,14 @@ class Description:
         name: Its name.
         description: The words.
         claims: Of a subject: the facts that it promises to be 1.
+        promises: Of a subject: the bounds of measures that it promises.
         cases: Of a subject: globs of the cases that it is for.
     """
 
     name: str
     description: str = attrs.field(kw_only=True)
     claims: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    promises: tuple[Promise, ...] = attrs.field(default=(), kw_only=True)
     cases: tuple[str, ...] = attrs.field(default=("*",), kw_only=True)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import attrs
 
+from automodel_fn.bench._promises import Outcome, outcome_of
 from automodel_fn.bench._spec import matches_any
 from automodel_fn.bench._statistics import Summary, paired_ratio, summary
 
 if TYPE_CHECKING:
-    from automodel_fn.bench._result import BenchmarkResult, Measurement
+    from automodel_fn.bench._result import BenchmarkResult, Description, Measurement
 
 Summaries = tuple[tuple[str, Summary | None], ...]
 
@@ -22,14 +24,16 @@ class BenchmarkRow:
     Args:
         case: The case's name.
         subject: The subject's name; "" where the whole case is absent.
-        is_ours: Whether the subject is ours.
+        is_ours: Whether the subject is ours, or a variant of it.
         summaries: (measure, its summary over the rounds), in the order of the measures; None where
             it was not measured.
         ratios: (measure, ours divided by this peer's in each round), where less than 1 means that
             ours took less; for ours, and for what is absent, empty.
         facts: (fact, what it was in every round; None where the rounds disagree or had nothing to
             check).
-        broken_claims: Facts that the subject promises and that were not so in some round.
+        promises: What became of the bounds that the subject promises.
+        broken_claims: Facts that the subject promises and that were not so in some round, and the
+            words of promises that were not kept.
         absent: Why it was not measured, or "".
     """
 
@@ -39,6 +43,7 @@ class BenchmarkRow:
     summaries: Summaries = attrs.field(default=(), kw_only=True)
     ratios: Summaries = attrs.field(default=(), kw_only=True)
     facts: tuple[tuple[str, float | None], ...] = attrs.field(default=(), kw_only=True)
+    promises: tuple[Outcome, ...] = attrs.field(default=(), kw_only=True)
     broken_claims: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     absent: str = attrs.field(default="", kw_only=True)
 
@@ -60,14 +65,15 @@ def result_rows(result: BenchmarkResult) -> tuple[BenchmarkRow, ...]:
 
 
 def _row(result: BenchmarkResult, case: str, subject: str, absent: str) -> BenchmarkRow:
-    is_ours = subject == result.ours
+    is_ours = subject == result.ours or subject.startswith(f"{result.ours}, ")
     mine = _selected(result, case, subject)
     absent = next((m.problem for m in mine if m.problem), absent)
     if absent:
         return BenchmarkRow(case, subject=subject, is_ours=is_ours, absent=absent)
     ours = _selected(result, case, result.ours)
     names = tuple(measure.name for measure in result.measures)
-    claims = next(item.claims for item in result.subjects if item.name == subject)
+    described = next(item for item in result.subjects if item.name == subject)
+    promises = tuple(_outcomes(result, case, described))
     return BenchmarkRow(
         case,
         subject=subject,
@@ -77,10 +83,23 @@ def _row(result: BenchmarkResult, case: str, subject: str, absent: str) -> Bench
         if is_ours
         else tuple((n, paired_ratio(_by_round(ours, n), _by_round(mine, n))) for n in names),
         facts=_agreed_facts(mine),
-        broken_claims=tuple(
-            claim for claim in claims if any(dict(m.facts).get(claim) == 0 for m in mine)
+        promises=promises,
+        broken_claims=(
+            *(c for c in described.claims if any(dict(m.facts).get(c) == 0 for m in mine)),
+            *(promise.text for promise in promises if not promise.is_kept),
         ),
     )
+
+
+def _outcomes(result: BenchmarkResult, case: str, subject: Description) -> Iterator[Outcome]:
+    mine = _selected(result, case, subject.name)
+    for promise in subject.promises:
+        if matches_any(case, promise.cases):
+            peers = _selected(result, case, promise.peer)
+            name = promise.measure
+            found = outcome_of(promise, _by_round(mine, name), _by_round(peers, name))
+            if found is not None:
+                yield found
 
 
 def _selected(result: BenchmarkResult, case: str, subject: str) -> tuple[Measurement, ...]:

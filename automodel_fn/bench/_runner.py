@@ -95,7 +95,13 @@ def run_benchmark(
         measures=benchmark.measures,
         cases=tuple(Description(c.name, description=c.description) for c in chosen),
         subjects=tuple(
-            Description(s.name, description=s.description, claims=s.claims, cases=s.cases)
+            Description(
+                s.name,
+                description=s.description,
+                claims=s.claims,
+                promises=s.promises,
+                cases=s.cases,
+            )
             for s in benchmark.subjects
         ),
         measurements=tuple(_measured(benchmark, device, jobs, on_progress, launch)),

@@ -97,6 +97,25 @@ class Measured:
 
 
 @attrs.frozen
+class Promise:
+    """A bound that a subject promises of a measure, of its median over the rounds.
+
+    Args:
+        measure: The measure's name.
+        at_least: The least that it is; None: no bound.
+        at_most: The most that it is; None: no bound.
+        peer: Name of a subject by whose value of the same round it is divided first; "": by none.
+        cases: Globs of the cases for which it is promised.
+    """
+
+    measure: str
+    at_least: Number | None = attrs.field(default=None, kw_only=True)
+    at_most: Number | None = attrs.field(default=None, kw_only=True)
+    peer: str = attrs.field(default="", kw_only=True)
+    cases: tuple[str, ...] = attrs.field(default=("*",), kw_only=True)
+
+
+@attrs.frozen
 class Subject:
     """Something that is measured: ours, or a peer that does the same job.
 
@@ -108,6 +127,7 @@ class Subject:
         load: Imports what the subject needs; an error makes it absent, with that reason.
         package: Name on the package index of what it needs, whose version is recorded; or "".
         claims: Names of the facts that it promises to be 1.
+        promises: Bounds of measures that it promises.
         cases: Globs of the cases that it is for; a case that none of them matches has no such
             subject.
     """
@@ -118,6 +138,7 @@ class Subject:
     load: Callable[[], object] = attrs.field(default=lambda: None, kw_only=True)
     package: str = attrs.field(default="", kw_only=True)
     claims: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    promises: tuple[Promise, ...] = attrs.field(default=(), kw_only=True)
     cases: tuple[str, ...] = attrs.field(default=("*",), kw_only=True)
 
 
@@ -144,12 +165,14 @@ class Benchmark:
     case in turns in one process, which also serves the other cases of the batch.
 
     Args:
-        name: Its name; it stands in the file `_bench_<name>.py`, as `BENCHMARK`.
+        name: Its name; it stands in the file `_bench_<name>.py`, as `BENCHMARK`, a hyphen as an
+            underscore.
         description: What is compared.
         measures: What is measured.
         cases: The inputs, of all devices.
         subjects: What is compared; one of them is ours.
-        ours: The name of that one.
+        ours: The name of that one, with which peers are compared; subjects of that name, a comma
+            and a word are ours as well.
         conditions: How it is measured, in words: warm-up, garbage collector, checks.
         together: Measures the subjects of a case together; None: each measures itself.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,27 @@ from torch import nn
 from automodel_fn.build._arguments import check_arguments
 from automodel_fn.dtypes import parse_dtype
 from automodel_fn.nn._experts import Experts, TopKGate
+from automodel_fn.ops._experts import GroupedGemm, OneByOne, Product, TorchMM, load_gmm
+from automodel_fn.te._grouped import GroupedLinears
+from automodel_fn.te._load import load_te_classes
+
+
+def _te() -> Product:
+    load_te_classes()
+    return GroupedLinears()
+
+
+def _gmm() -> Product:
+    load_gmm()
+    return GroupedGemm()
+
+
+_PRODUCTS: Mapping[str, Callable[[], Product]] = {
+    "torch": OneByOne,
+    "torch_mm": TorchMM,
+    "te": _te,
+    "gmm": _gmm,
+}
 
 
 def gate(
@@ -48,8 +70,8 @@ def gate(
 
     Example:
         >>> weights, experts = gate(4, 8, top_k=2, dtype="fp32")(torch.ones(3, 4))
-        >>> weights.sum(-1).detach(), experts.shape
-        (tensor([1., 1., 1.]), torch.Size([3, 2]))
+        >>> weights.shape, experts.shape
+        (torch.Size([3, 2]), torch.Size([3, 2]))
     """
     sizes: dict[str, object] = {"dim": dim, "num_experts": num_experts, "top_k": top_k}
     wrong: list[str] = []
@@ -86,8 +108,9 @@ def experts(
         num_experts: E.
         dim: H.
         intermediate_size: F.
-        backend: "torch" (one product an expert), or "torch_mm" (grouped products, of bf16 on a GPU;
-            nothing waits for the device).
+        backend: "torch" (one product an expert), "torch_mm" (grouped products, of bf16 on a GPU;
+            nothing waits for the device), "te" (Transformer Engine's GroupedLinear, also in FP8; it
+            sees the step context without `patch_te`), or "gmm" (the package grouped_gemm, in bf16).
         device: Where the weights are made. On "meta" they have no memory: give them some with
             `to_empty`, then call `reset_parameters()`.
         dtype: The dtype of the weights.
@@ -98,6 +121,7 @@ def experts(
 
     Raises:
         ConfigError: An argument is not as described; all that is wrong is listed.
+        BackendUnavailableError: Transformer Engine or grouped_gemm cannot be imported here.
 
     Source:
         `GroupedExperts` (NeMo Automodel); the layout of the weights is that of transformers 5.
@@ -113,6 +137,8 @@ def experts(
         "dim": dim,
         "intermediate_size": intermediate_size,
     }
-    stored = check_arguments("experts", backend, ("torch", "torch_mm"), sizes, dtype)
-    chosen: Any = backend
-    return Experts(num_experts, dim, intermediate_size, backend=chosen, device=device, dtype=stored)
+    stored = check_arguments("experts", backend, tuple(_PRODUCTS), sizes, dtype)
+    product = _PRODUCTS[backend]()
+    return Experts(
+        num_experts, dim, intermediate_size, product=product, device=device, dtype=stored
+    )

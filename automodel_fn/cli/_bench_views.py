@@ -100,10 +100,13 @@ def _line(row: BenchmarkRow, is_compared: list[bool]) -> BenchmarkLine:
         medians=tuple(None if found is None else found.median for _, found in row.summaries),
         ratios=tuple(f.median if f is not None and shown else None for (_, f), shown in ratios),
         pins_exact=None if exact is None else bool(exact),
-        remarks=tuple(
-            f"{name} is 0: timed without a CUDA graph"
-            for name, value in row.facts
-            if name.endswith(_WITHOUT_GRAPH) and value == 0
+        remarks=(
+            *(
+                f"{name} is 0: timed without a CUDA graph"
+                for name, value in row.facts
+                if name.endswith(_WITHOUT_GRAPH) and value == 0
+            ),
+            *(f"{p.text}: {'kept' if p.is_kept else 'NOT KEPT'}" for p in row.promises),
         ),
         absent=row.absent,
     )

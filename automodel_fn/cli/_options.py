@@ -101,7 +101,7 @@ HeadPrecision = Annotated[
     str | None,
     _field("--lm-head-precision", "Products of the head, to float32 logits: fp32, bf16x3, bf16."),
 ]
-Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm.")]
+Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm, te, gmm.")]
 Fp8 = Annotated[str | None, _field("--fp8", "FP8 in Transformer Engine: current, block, mxfp8.")]
 
 Set = Annotated[

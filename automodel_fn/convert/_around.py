@@ -9,7 +9,7 @@ import attrs
 from torch import nn
 
 from automodel_fn.cast._tensors import ModelScan
-from automodel_fn.convert._parts import Part
+from automodel_fn.convert._parts import Part, is_experts
 from automodel_fn.fqn import ancestry
 
 
@@ -94,13 +94,16 @@ def _fp8_blocks(
     A recompute runs in the backward, where whatever was entered around the model is left.
     """
     for part in parts:
-        is_te = part.settings.get("linear") == "te" or (
-            asked.get("linear") == "te" and issubclass(part.own, nn.Linear)
-        )
-        if is_te and part.module is not head:
+        if _is_te(part, asked) and part.module is not head:
             around = (each for each in _above(part, by_name) if _is_recomputed(each))
             yield id(next(around, part).module)
             yield id(parts[0].module)
+
+
+def _is_te(part: Part, asked: Mapping[str, str]) -> bool:
+    is_linear = asked.get("linear") == "te" and issubclass(part.own, nn.Linear)
+    are_experts = asked.get("grouped_experts") == "te" and is_experts(part)
+    return is_linear or are_experts or "te" in map(part.settings.get, ("linear", "grouped_experts"))
 
 
 def _is_recomputed(part: Part) -> bool:

@@ -21,7 +21,7 @@ class ModuleSwap:
             such as `_orig_mod`, and "" for the model itself. Where one setting of a config is
             several modules', all of these.
         field: The field of BackendConfig; attention by Transformer Engine is a field of its own,
-            "te_attn".
+            "te_attn", and so are experts that are grouped here, "grouped_experts".
         module_class: The name of the module's own class.
         before: By which backend it runs now, in the words of the field.
         after: By which it will.

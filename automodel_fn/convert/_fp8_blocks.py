@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 from automodel_fn.convert._around import Around
+from automodel_fn.convert._experts import unfit_experts
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._recipes import config_of
 from automodel_fn.convert._rule_linear import unfit_for_fp8
@@ -33,11 +34,16 @@ def _refusal(part: Part, around: Around) -> str:
     beneath = f"{part.names[0]}." if part.names[0] else ""
     for each in around.parts:
         is_within = each is part or each.names[0].startswith(beneath)
-        if is_within and each.settings.get("linear") == "te":
-            linear: Any = each.module
-            if unfit := unfit_for_fp8(linear):
-                return f"{each.names[0]}: {unfit}"
+        if is_within and (unfit := _unfit(each)):
+            return f"{each.names[0]}: {unfit}"
     return ""
+
+
+def _unfit(part: Part) -> str:
+    module: Any = part.module
+    if part.settings.get("linear") == "te":
+        return unfit_for_fp8(module)
+    return unfit_experts(module) if part.settings.get("grouped_experts") == "te" else ""
 
 
 TE_FP8 = Behaviour(_namespace)

@@ -51,7 +51,7 @@ def _refusal(part: Part, around: Around) -> str:
 
 
 def _keeping(part: Part, around: Around) -> str:
-    is_loop = around.asked.get("experts", "torch") == "torch" and hasattr(part.own, "_apply_gate")
+    is_loop = around.asked.get("experts") == "torch" and hasattr(part.own, "_apply_gate")
     return "the loop over experts has code of its own; see experts" if is_loop else ""
 
 

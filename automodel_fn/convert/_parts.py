@@ -43,6 +43,15 @@ class Part:
         return self.own.__name__
 
 
+def is_experts(part: Part) -> bool:
+    """Whether a module has the weights of all experts stacked, and asks transformers how to use it.
+
+    That is, whether its class is one that `use_experts_implementation` decorates.
+    """
+    has_config = hasattr(getattr(part.module, "config", None), "_experts_implementation")
+    return has_config and hasattr(part.own, "_apply_gate") and hasattr(part.module, "has_gate")
+
+
 def parts_of(model_scan: ModelScan) -> tuple[Part, ...]:
     """Every module once, in registration order."""
     found: dict[int, Part] = {}

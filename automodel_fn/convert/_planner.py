@@ -13,6 +13,7 @@ from automodel_fn.backend._reasons import FUSED_LOSS, TE_IN_FLOAT32
 from automodel_fn.backend._resolve import Resolution, resolve
 from automodel_fn.convert._around import Around, look_around
 from automodel_fn.convert._entries import SKIP, ModuleSwap
+from automodel_fn.convert._experts import GROUPED, GROUPED_EXPERTS_RULE
 from automodel_fn.convert._head_sizes import has_wide_te_attention
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
@@ -21,6 +22,8 @@ from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
 from automodel_fn.plans import WeakObjects
+
+_GROUPED = GROUPED_EXPERTS_RULE.field
 
 
 def backend_plan(
@@ -95,14 +98,17 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         >>> asked_of(BackendConfig(attn="sdpa", gate_precision="fp32"))["gate_precision"]
         'float32'
     """
-    precision = backend.gate_precision
+    precision, experts = backend.gate_precision, backend.experts
+    # What transformers has no forward for needs nothing of its configs either.
+    by_config = {} if experts in ("te", "gmm") else {"experts": experts}
     return {
         # Transformer Engine's function takes the masks that transformers makes for sdpa.
         "attn": "sdpa" if backend.attn == "te" else backend.attn,
         "te_attn": str(backend.attn == "te"),
         "linear": backend.linear,
         "rms_norm": backend.rms_norm,
-        "experts": backend.experts,
+        **by_config,
+        _GROUPED: experts if experts in GROUPED else "none",
         "rope_fusion": str(backend.rope_fusion),
         "swiglu": backend.swiglu,
         "loss": backend.loss,
@@ -123,14 +129,15 @@ def _fake_gate(backend: BackendConfig) -> str:
 def _chosen(resolution: Resolution) -> frozenset[str]:
     """The fields of a plan whose choice was left to "auto"."""
     chosen = {each.name for each in resolution.fields if each.is_chosen}
-    return frozenset(chosen | ({"te_attn"} if "attn" in chosen else set()))
+    followers = {"attn": "te_attn", "experts": _GROUPED}
+    return frozenset(chosen | {followers[name] for name in chosen & followers.keys()})
 
 
 def _entries(around: Around) -> Iterator[ModuleSwap]:
     """One for each module and field, and one for each config, where its first reader stands."""
     by_first: dict[int, list[ModuleSwap]] = {}
     for rule in CONFIG_RULES.values():
-        for readers in rule.readers(around.parts):
+        for readers in rule.readers(around.parts) if rule.field in around.asked else ():
             by_first.setdefault(id(readers[0].module), []).append(rule.entry(readers, around))
     for part in around.parts:
         yield from by_first.get(id(part.module), ())
@@ -149,7 +156,8 @@ def _notes(
         by_field.setdefault(entry.field, []).append(entry)
     for field, choice in around.asked.items():
         found = by_field.get(field, [])
-        if field not in around.chosen:
+        # Grouped experts that cannot be ours are transformers', where it has a forward for them.
+        if field not in around.chosen and not (field == _GROUPED and "experts" in around.asked):
             yield from _in_vain(field, choice, found)
         elif field == "loss" and any(entry.changes and entry.after == "fused" for entry in found):
             yield FUSED_LOSS
@@ -160,11 +168,12 @@ def _notes(
 
 
 def _in_vain(field: str, choice: str, entries: Sequence[ModuleSwap]) -> Iterator[str]:
+    name = "experts" if field == _GROUPED else field
     if entries and all(entry.action == SKIP for entry in entries):
-        yield f"{field}={choice} was asked for, and no module got it: {entries[0].reason}"
+        yield f"{name}={choice} was asked for, and no module got it: {entries[0].reason}"
     rule = MODULE_RULES.get(field)
     if not entries and not (rule is not None and choice == rule.own):
-        yield f"{field}={choice} has nothing to act on in this model"
+        yield f"{name}={choice} has nothing to act on in this model"
 
 
 def _without_modules(backend: BackendConfig, around: Around) -> Iterator[str]:

@@ -11,7 +11,7 @@ from automodel_fn.convert._around import Around
 from automodel_fn.convert._entries import KEEP, SKIP, SWAP, ModuleSwap
 from automodel_fn.convert._head_sizes import unfit_for_flex
 from automodel_fn.convert._overlay import names_in
-from automodel_fn.convert._parts import Part
+from automodel_fn.convert._parts import Part, is_experts
 
 
 @attrs.frozen
@@ -96,20 +96,8 @@ def _attention_refusal(part: Part, around: Around, asked: str) -> str:
     return unfit_for_flex(part.module) if asked == "flex" and around.has_gpu else ""
 
 
-def _reads_experts(part: Part) -> bool:
-    has_config = hasattr(getattr(part.module, "config", None), "_experts_implementation")
-    return has_config and hasattr(part.own, "_apply_gate") and hasattr(part.module, "has_gate")
-
-
 def _experts_refusal(part: Part, around: Around, asked: str) -> str:
-    if asked in EXPERTS.words:
-        return ""
-    reasons = {
-        "te": "GroupedLinear takes a weight for each expert, and transformers has all in one",
-        "gmm": "transformers has no experts by grouped_gemm",
-        "torch_mm_mxfp8": "transformers has no experts in MXFP8",
-    }
-    return reasons[asked]
+    return "" if asked in EXPERTS.words else "transformers has no experts in MXFP8"
 
 
 ATTENTION = ConfigRule(
@@ -123,6 +111,6 @@ EXPERTS = ConfigRule(
     "experts",
     attribute="_experts_implementation_internal",
     words={"torch": "eager", "torch_mm": "grouped_mm"},
-    reads=_reads_experts,
+    reads=is_experts,
     refusal=_experts_refusal,
 )

@@ -37,10 +37,19 @@ def unfit_for_fp8(linear: nn.Linear) -> str:
         ('out_features=20 is no multiple of 16, as FP8 needs', '')
     """
     for name in ("in_features", "out_features"):
-        size = getattr(linear, name)
-        if size % _MULTIPLE:
-            return f"{name}={size} is no multiple of {_MULTIPLE}, as FP8 needs"
+        if unfit := no_multiple(name, getattr(linear, name)):
+            return unfit
     return ""
+
+
+def no_multiple(name: str, size: int) -> str:
+    """That a size is none that FP8 can have; "" if it is.
+
+    Example:
+        >>> no_multiple("in_features", 20), no_multiple("in_features", 32)
+        ('in_features=20 is no multiple of 16, as FP8 needs', '')
+    """
+    return f"{name}={size} is no multiple of {_MULTIPLE}, as FP8 needs" if size % _MULTIPLE else ""
 
 
 def _keeping(part: Part, around: Around) -> str:

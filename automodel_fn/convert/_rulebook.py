@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from automodel_fn.convert._compiled import COMPILE_ATTN_RULE
+from automodel_fn.convert._experts import GROUPED_EXPERTS_RULE
 from automodel_fn.convert._fp8_blocks import TE_FP8_RULE
 from automodel_fn.convert._mlps import SWIGLU_RULE
 from automodel_fn.convert._ropes import ROPE_RULE
@@ -25,6 +26,7 @@ MODULE_RULES: Mapping[str, Rule] = {
         ROPE_RULE,
         TE_ATTENTION_RULE,
         SWIGLU_RULE,
+        GROUPED_EXPERTS_RULE,
         GATE_PRECISION_RULE,
         FAKE_GATE_RULE,
         HEAD_RULE,

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from automodel_fn.convert._compiled import COMPILE_ATTN
+from automodel_fn.convert._experts import GROUPED_EXPERTS
 from automodel_fn.convert._fp8_blocks import TE_FP8
 from automodel_fn.convert._gates import FAKE_GATE, GATE_PRECISION
 from automodel_fn.convert._heads import HEAD_PRECISION
@@ -29,6 +30,7 @@ BEHAVIOURS: Mapping[str, Behaviour] = {
     "rope_fusion": ROPE,
     "te_attn": TE_ATTENTION,
     "swiglu": SWIGLU,
+    "grouped_experts": GROUPED_EXPERTS,
     "gate_precision": GATE_PRECISION,
     "fake_balanced_gate": FAKE_GATE,
     "lm_head_precision": HEAD_PRECISION,

@@ -6,15 +6,15 @@ size of an expert.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from automodel_fn.ops._experts import PRODUCT, OneByOne, Product, Stacked, through_experts
 from automodel_fn.ops._swiglu import swiglu
 
-ExpertsBackend = Literal["torch", "torch_mm"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 
 
@@ -82,8 +82,7 @@ class Experts(nn.Module):
         num_experts: E.
         dim: H.
         intermediate_size: F.
-        backend: "torch" (one product an expert; the host learns how many tokens each has) or
-            "torch_mm" (grouped products, nothing waits for the device).
+        product: How rows are multiplied, each by the weight of its expert.
         device: Where the weights are made.
         dtype: The dtype in which they are stored.
 
@@ -104,12 +103,12 @@ class Experts(nn.Module):
         dim: int,
         intermediate_size: int,
         *,
-        backend: ExpertsBackend = "torch",
+        product: Product | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.backend: ExpertsBackend = backend
+        vars(self)[PRODUCT] = OneByOne() if product is None else product
         sizes = (num_experts, 2 * intermediate_size, dim), (num_experts, dim, intermediate_size)
         made = (nn.Parameter(torch.empty(size, device=device, dtype=dtype)) for size in sizes)
         self.gate_up_proj, self.down_proj = made
@@ -132,26 +131,15 @@ class Experts(nn.Module):
         Returns:
             `[T, H]`, in the dtype of `x`.
         """
-        order = experts.flatten().argsort(stable=True)
-        rows = order // experts.shape[1]
-        # Unlike bincount this does not wait for the device.
-        none = order.new_zeros(len(self.down_proj))
-        counts = none.scatter_add(0, experts.flatten().long(), torch.ones_like(order))
-        products = _grouped if self.backend == "torch_mm" else _one_by_one
-        gate, up = products(x[rows], self.gate_up_proj, counts).chunk(2, dim=-1)
-        found = products(swiglu(gate, up), self.down_proj, counts)
-        found = found * weights.flatten()[order][:, None].to(found.dtype)
-        # Each row back to its place, then added up in one order: the same result in every run.
-        placed = torch.zeros_like(found).index_copy(0, order, found)
-        return placed.view(*experts.shape, -1).sum(1)
+        layers = (
+            Stacked(self.gate_up_proj, name="gate_up_proj"),
+            Stacked(self.down_proj, name="down_proj"),
+        )
+        return through_experts(
+            x, experts, weights, product=vars(self)[PRODUCT], layers=layers, gate=_gated
+        )
 
 
-def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    ends = counts.cumsum(0).to(torch.int32)
-    grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]
-    return grouped_mm(x, weight.mT, offs=ends)
-
-
-def _one_by_one(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    parts = x.split(counts.tolist())
-    return torch.cat([F.linear(part, each) for part, each in zip(parts, weight, strict=True)])
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return swiglu(gate, up)

@@ -33,7 +33,8 @@ class KernelChoice:
 
 _TRITON = KernelChoice("triton", reason="all tensors are on CUDA, in bf16, fp16 or fp32")
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
-_PLAIN = (Tensor, nn.Parameter)
+# The types of tensors that are their memory, but within a transform of `torch.func`.
+PLAIN = (Tensor, nn.Parameter)
 # What compilers trace with, in a forward and in its backward, and what has shards of its own.
 _STAND_FOR_PLAIN = (FakeTensor, FunctionalTensor, DTensor)
 # Elements from which less memory traffic on a CPU is worth more than fewer calls.
@@ -63,7 +64,7 @@ def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
             reason = f"{name} is on {tensor.device}, not on {device}"
             return KernelChoice("torch", reason=reason)
         device = tensor.device
-    if not _has_triton():
+    if not has_triton():
         return KernelChoice("torch", reason="Triton is not installed")
     return _TRITON
 
@@ -76,7 +77,7 @@ def is_plain(tensor: Tensor) -> bool:
         (True, True)
     """
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return type(tensor) in _PLAIN and not functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in PLAIN and not functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_watched() -> bool:
@@ -89,6 +90,16 @@ def is_watched() -> bool:
         False
     """
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, as `vmap`.
+
+    Example:
+        >>> is_transformed()
+        False
+    """
+    return torch._C._are_functorch_transforms_active()
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
@@ -148,9 +159,10 @@ def is_exporting() -> bool:
 
 def _kind(tensor: Tensor) -> str:
     name = type(tensor).__name__
-    return "in a transform of torch.func" if type(tensor) in _PLAIN else f"of the type {name}"
+    return "in a transform of torch.func" if type(tensor) in PLAIN else f"of the type {name}"
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported."""
     return find_spec("triton") is not None

@@ -2,11 +2,13 @@
 
 Triton binds, specializes and looks up anew in every call, which costs the host more than many
 kernels run. A `Launcher` remembers what was compiled for arguments alike, and hands the compiled
-kernel its pointers itself. Triton is imported where it is first needed.
+kernel its pointers itself; a `Relaunch` remembers all arguments but tensors, for an operation that
+knows which of its calls are alike. Triton is imported where it is first needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 from typing import Any, Literal
 
@@ -17,6 +19,8 @@ from torch import Tensor
 _TRIED = ("3.6.0",)
 # What Triton specializes integers on: 1, multiples of 16, and what needs 64 bits.
 _INT32 = 2**31
+# What is remembered of calls, after which all is forgotten: shapes that never come again pile up.
+_MOST_RELAUNCHES = 1024
 
 
 @attrs.frozen
@@ -68,7 +72,12 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._relaunches: dict[Hashable, Relaunch] = {}
         self._knobs = _runtime_knobs()
+
+    def again(self, alike: Hashable) -> Relaunch | None:
+        """What launches the kernel as an earlier call did that was given `alike`, if one was."""
+        return self._relaunches.get(alike)
 
     def __call__(
         self,
@@ -78,6 +87,7 @@ class Launcher:
         *,
         num_warps: int,
         num_stages: int = 1,
+        alike: Hashable = None,
     ) -> None:
         """Launch the kernel.
 
@@ -87,14 +97,36 @@ class Launcher:
             constants: The constexprs: hashable.
             num_warps: Warps of a program.
             num_stages: Stages of software pipelines.
+            alike: What all of the above follows from, the device too, but where tensors lie and,
+                of those that come first among the arguments, which they are. `again` finds by it.
         """
         first: Any = arguments[0]
         index = first.get_device()
         # A device of -1 is the CPU, where Triton interprets.
         if index >= 0 and index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
-                return self._launch(index, grid, arguments, constants, num_warps, num_stages)
-        return self._launch(index, grid, arguments, constants, num_warps, num_stages)
+                found = self._launch(index, grid, arguments, constants, num_warps, num_stages)
+        else:
+            found = self._launch(index, grid, arguments, constants, num_warps, num_stages)
+        if alike is not None and found is not None:
+            self._remember(alike, index, grid, arguments, constants, found)
+
+    def _remember(
+        self,
+        alike: Hashable,
+        index: int,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        compiled: tuple[Any, ...],
+    ) -> None:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        if any(tensor.data_ptr() % 16 for tensor in tensors):
+            return
+        if len(self._relaunches) >= _MOST_RELAUNCHES:
+            self._relaunches.clear()
+        rest = tuple(value for value in arguments if not isinstance(value, Tensor | None))
+        self._relaunches[alike] = Relaunch(self._knobs, index, grid, compiled, (*rest, *constants))
 
     def _launch(
         self,
@@ -104,7 +136,8 @@ class Launcher:
         constants: tuple[Any, ...],
         num_warps: int,
         num_stages: int,
-    ) -> None:
+    ) -> tuple[Any, ...] | None:
+        # What was compiled, where it can be launched directly.
         key: list[Any] = [index, constants, num_warps, num_stages]
         passed: list[Any] = []
         for value in arguments:
@@ -126,19 +159,67 @@ class Launcher:
                 key.append(type(value))
             passed.append(value)
         found = self._compiled.get(tuple(key))
-        is_watched = self._knobs.launch_enter_hook.calls or self._knobs.launch_exit_hook.calls
-        if found is None or is_watched:
+        if found is None or _is_hooked(self._knobs):
             options = {"num_warps": num_warps, "num_stages": num_stages}
             compiled = self._kernel[grid](*arguments, *constants, **options)
             direct = _direct(compiled) if kernel_launch().name == "direct" else None
             if direct is not None:
                 self._compiled[tuple(key)] = direct
-            return
-        launch, function, is_cooperative, is_dependent, packed = found
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        # No scratch memory, no metadata, no hooks: see _direct, and above.
-        nothing = (None, None, packed, None, None, None)
-        launch(*grid, stream, function, is_cooperative, is_dependent, *nothing, *passed, *constants)
+            return direct
+        launch, *how = found
+        launch(*grid, torch._C._cuda_getCurrentRawStream(index), *how, *passed, *constants)
+        return found
+
+
+class Relaunch:
+    """Launches a kernel on other tensors, in all else as it was launched before.
+
+    Args:
+        knobs: Triton's, which say whether somebody watches launches.
+        index: The device.
+        grid: The number of programs.
+        compiled: What `_direct` made.
+        rest: The arguments behind the tensors.
+    """
+
+    __slots__ = ("_how", "_index", "_knobs", "_launch", "_rest", "_x", "_y", "_z")
+
+    def __init__(
+        self,
+        knobs: Any,
+        index: int,
+        grid: tuple[int, int, int],
+        compiled: tuple[Any, ...],
+        rest: tuple[Any, ...],
+    ) -> None:
+        self._knobs, self._index, self._rest = knobs, index, rest
+        self._x, self._y, self._z = grid
+        self._launch, *self._how = compiled
+
+    def __call__(self, *tensors: Tensor | None) -> bool:
+        """Launch on these; False, and nothing is launched, where it has to be done anew.
+
+        That is: on another current device, while launches are watched, and where a tensor has no
+        memory or does not begin at a multiple of 16 bytes.
+        """
+        if self._index != torch._C._cuda_getDevice() or _is_hooked(self._knobs):
+            return False
+        passed: list[int | None] = []
+        for tensor in tensors:
+            if tensor is None:
+                passed.append(None)
+                continue
+            pointer = tensor.data_ptr()
+            if not pointer or pointer % 16:
+                return False
+            passed.append(pointer)
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        self._launch(self._x, self._y, self._z, stream, *self._how, *passed, *self._rest)
+        return True
+
+
+def _is_hooked(knobs: Any) -> bool:
+    return bool(knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls)
 
 
 def _runtime_knobs() -> Any:
@@ -152,4 +233,5 @@ def _direct(compiled: Any) -> tuple[Any, ...] | None:
     if run.global_scratch_size or run.profile_scratch_size:
         return None
     flags = (run.launch_cooperative_grid, run.launch_pdl)
-    return run.launch, compiled.function, *flags, compiled.packed_metadata
+    # No scratch memory, no metadata, no hooks: with any of them Triton launches.
+    return run.launch, compiled.function, *flags, None, None, compiled.packed_metadata, *(None,) * 3

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -37,8 +39,22 @@ def new_parts(weight: Tensor, num_parts: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=weight.device)
 
 
-def add_up(parts: Tensor, total: Tensor) -> None:
-    """Fill `total` `[H]` with the sum of `parts` `[num_parts, H]`, added in float32."""
+def add_up(parts: Tensor, total: Tensor, alike: Hashable = None) -> None:
+    """Fill `total` `[H]` with the sum of `parts` `[num_parts, H]`, added in float32.
+
+    Args:
+        parts: In float32, contiguous.
+        total: Contiguous.
+        alike: What both shapes, the dtype of the total and the device follow from.
+    """
+    relaunch = _launch_sum.again(alike)
+    if relaunch is not None and relaunch(parts, total):
+        return
     num_parts, length = parts.shape
-    grid = (triton.cdiv(length, _BLOCK), 1, 1)
-    _launch_sum(grid, (parts, total, num_parts), (length, _ROWS, _BLOCK), num_warps=_WARPS)
+    _launch_sum(
+        (triton.cdiv(length, _BLOCK), 1, 1),
+        (parts, total, num_parts),
+        (length, _ROWS, _BLOCK),
+        num_warps=_WARPS,
+        alike=alike,
+    )

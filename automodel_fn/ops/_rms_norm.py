@@ -22,7 +22,7 @@ from automodel_fn.ops._choice import (
     is_worth_less_memory,
     kernel_choice,
 )
-from automodel_fn.ops._rms_norm_autograd import eager_torch, eager_triton
+from automodel_fn.ops._rms_norm_autograd import eager_torch, eager_triton, eager_triton_again
 from automodel_fn.ops._rms_norm_torch import added, composed, is_sharded_on_last, natively
 
 WeightMultiply = Literal["fp32", "input"]
@@ -104,13 +104,13 @@ def rms_norm_fp32(
         >>> total
         tensor([[6., 8.]], dtype=torch.bfloat16)
     """
+    if x.is_cuda and not torch.compiler.is_compiling():
+        found = eager_triton_again(x, weight, residual, eps, weight_multiply)
+        if found is not None:
+            return found
     if not _fits(x, weight, eps, weight_multiply, residual):
-        raise ConfigError(
-            itemized(
-                "rms_norm_fp32 cannot be computed:",
-                _complaints(x, weight, eps, weight_multiply, residual),
-            )
-        )
+        lines = _complaints(x, weight, eps, weight_multiply, residual)
+        raise ConfigError(itemized("rms_norm_fp32 cannot be computed:", lines))
     if torch.compiler.is_compiling():
         by = _by_operators if is_exporting() else _by_operator
         return by(x, weight, eps, weight_multiply, residual)

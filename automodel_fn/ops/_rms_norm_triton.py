@@ -4,17 +4,17 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Hashable
 
-import attrs
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from automodel_fn.ops import _rms_norm_wide_triton as wide
-from automodel_fn.ops._launch import Launcher, num_processors
+from automodel_fn.ops._launch import Launcher, Relaunch, num_processors
 from automodel_fn.ops._parts_triton import add_up, new_parts
+from automodel_fn.ops._rms_norm_tiles import LARGEST, tile_for
 from automodel_fn.ops._rows import contiguous_like, rows_of
 
 
@@ -123,52 +123,37 @@ _launch_forward = Launcher(_forward_kernel)
 _launch_backward = Launcher(_backward_kernel)
 
 
-@attrs.frozen
-class Tile:
-    """What one program holds in registers at once: whole rows.
-
-    Args:
-        rows: Their number, a power of 2.
-        block: The hidden size, rounded up to a power of 2.
-        forward_warps: Warps that share it in the forward pass.
-        num_warps: Warps that share it in the backward pass.
-        programs: How many programs of the backward pass a multiprocessor has room for.
-    """
-
-    rows: int
-    block: int = attrs.field(kw_only=True)
-    forward_warps: int = attrs.field(kw_only=True)
-    num_warps: int = attrs.field(kw_only=True)
-    programs: int = attrs.field(kw_only=True)
-
-
-# The largest hidden size whose rows are held in registers; wider ones are read twice.
-LARGEST = 16384
-
-
-@cache
-def tile_for(hidden: int) -> Tile:
-    """The tile of a hidden size: about 4096 elements, of one row at least."""
-    block = triton.next_power_of_2(hidden)
-    num_warps = min(32, max(8, block // 512))
-    return Tile(
-        max(1, 4096 // block),
-        block=block,
-        forward_warps=max(8, block // 1024),
-        num_warps=num_warps,
-        programs=max(1, 16 // num_warps),
-    )
+def forward_again(alike: Hashable) -> Relaunch | None:
+    """What `forward` launched when it was given `alike`, if it was."""
+    return _launch_forward.again(alike)
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, rounds_first: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    rounds_first: bool,
+    *,
+    alike: Hashable = None,
+    again: Relaunch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The norm, contiguous, and what it is of where a residual is given."""
-    hidden = x.shape[-1]
+    """The norm, contiguous, and what it is of where a residual is given.
+
+    Args:
+        x: `[..., H]`.
+        residual: None or `[..., H]`.
+        weight: None or `[H]`.
+        eps: Added to the mean of the squares.
+        rounds_first: Whether the normalised is rounded before the weight multiplies it.
+        alike: What `forward_again` is to find this by: see `Launcher`. Tensors have no gaps.
+        again: What it found for these tensors.
+    """
     y = contiguous_like(x)
     total = None if residual is None else contiguous_like(x)
-    if not y.numel():
+    if (again is not None and again(x, residual, weight, y, total)) or not y.numel():
         return y, total
+    hidden = x.shape[-1]
     num_rows = x.numel() // hidden
     x, x_stride = rows_of(x, hidden)
     residual, residual_stride = (None, 0) if residual is None else rows_of(residual, hidden)
@@ -180,7 +165,7 @@ def forward(
     tile = tile_for(hidden)
     grid = (triton.cdiv(num_rows, tile.rows), 1, 1)
     constants = (hidden, tile.rows, tile.block, rounds_first)
-    _launch_forward(grid, arguments, constants, num_warps=tile.forward_warps)
+    _launch_forward(grid, arguments, constants, num_warps=tile.forward_warps, alike=alike)
     return y, total
 
 
@@ -193,11 +178,13 @@ def backward(
     rounds_first: bool,
     *,
     of_weight: bool,
+    again: Relaunch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of what was normalised, which takes up `dsum`, and of the weight if wanted.
 
     The gradient of the weight is summed by each program over its rows, then over the programs, in
-    an order that depends on the shape and the device only.
+    an order that depends on the shape and the device only. All but the gradients that come in
+    follows from `again`, if the forward was given one.
     """
     hidden = x.shape[-1]
     dx = contiguous_like(x)
@@ -209,21 +196,27 @@ def backward(
     dy, dy_stride = rows_of(dy, hidden)
     dsum, dsum_stride = (None, 0) if dsum is None else rows_of(dsum, hidden)
     weight = None if weight is None else weight.contiguous()
-    tensors = (x, weight, dy, dsum, dx)
     numbers = (x_stride, dy_stride, dsum_stride, num_rows, float(eps))
     if hidden > LARGEST:
-        wide.backward(tensors, numbers, rounds_first, dweight)
+        wide.backward((x, weight, dy, dsum, dx), numbers, rounds_first, dweight)
         return dx, dweight
     tile = tile_for(hidden)
     most = tile.programs * num_processors(dx.get_device())
     num_parts = min(most, triton.cdiv(num_rows, tile.rows))
     parts = None if dweight is None else new_parts(dweight, num_parts)
-    _launch_backward(
-        (num_parts, 1, 1),
-        (*tensors, parts, *numbers),
-        (hidden, tile.rows, tile.block, rounds_first),
-        num_warps=tile.num_warps,
-    )
+    incoming = (dy.dtype, dy_stride, None if dsum is None else dsum.dtype, dsum_stride)
+    alike = None if again is None else (again, *incoming, of_weight)
+    relaunch = _launch_backward.again(alike)
+    tensors = (x, weight, dy, dsum, dx, parts)
+    if relaunch is None or not relaunch(*tensors):
+        constants = (hidden, tile.rows, tile.block, rounds_first)
+        _launch_backward(
+            (num_parts, 1, 1),
+            (*tensors, *numbers),
+            constants,
+            num_warps=tile.num_warps,
+            alike=alike,
+        )
     if parts is not None and dweight is not None:
-        add_up(parts, dweight)
+        add_up(parts, dweight, alike)
     return dx, dweight

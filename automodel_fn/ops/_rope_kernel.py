@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from automodel_fn.ops._choice import KernelChoice, kernel_choice
+from automodel_fn.ops._choice import KernelChoice, is_transformed, kernel_choice
 from automodel_fn.ops._rope_rotation import Rotation, rotated_below_autograd
 
 
@@ -20,7 +19,7 @@ def rope_kernel(q: Tensor, k: Tensor) -> KernelChoice:
         KernelChoice(name='torch', reason='q is on cpu')
     """
     choice = kernel_choice(q=q, k=k)
-    if choice.name == "triton" and torch._C._are_functorch_transforms_active():
+    if choice.name == "triton" and is_transformed():
         return KernelChoice("torch", reason="a transform of torch.func is at work")
     return choice
 

@@ -27,7 +27,7 @@ class BenchmarkLine:
         medians: The median of each measure; None where it was not measured.
         ratios: Of each measure ours divided by this one; None where there is none.
         pins_exact: Whether the fp32 pins kept every bit; None if there were none.
-        remarks: What has to be said about how it was measured.
+        remarks: What has to be said about how it was measured, or what came of a promise.
         absent: Why it was not measured, or "".
     """
 

@@ -8,13 +8,14 @@ told False, so that it adds to `main_grad` as it does without caching.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 import torch
 from torch import nn
 
 from automodel_fn.errors import StaleWeightError
+from automodel_fn.ops._experts import PRODUCT
 from automodel_fn.step._ambient import current_microbatch
 from automodel_fn.step._autograd import current_node
 from automodel_fn.te._kept import UNKNOWN, CacheCounts, Kept
@@ -45,9 +46,12 @@ def cache_counts(model: nn.Module) -> CacheCounts:
 
 
 def _caches(module: nn.Module) -> Iterator[Kept]:
-    cache = vars(module).get(_ATTRIBUTE)
-    if cache is not None:
-        yield cache
+    # Experts multiply by modules that are no parts of them.
+    beside: Iterable[nn.Module] = getattr(vars(module).get(PRODUCT), "modules", tuple)()
+    for part in (module, *beside):
+        cache = vars(part).get(_ATTRIBUTE)
+        if cache is not None:
+            yield cache
 
 
 def flag_teller(read_recipe: RecipeReader, is_strict: Callable[[], bool]) -> Told:

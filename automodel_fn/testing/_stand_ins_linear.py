@@ -122,12 +122,14 @@ def grouped_linear_stand_in() -> type[Any]:
             out_features: int,
             bias: bool = True,
             return_bias: bool = False,
+            params_dtype: torch.dtype | None = None,
+            device: torch.device | str | None = None,
         ) -> None:
             super().__init__(bias, return_bias)
             self.num_gemms, self.out_features = num_gemms, out_features
             for index in range(num_gemms):
                 sizes = out_features, in_features
-                self.add_linear(f"weight{index}", f"bias{index}", sizes)
+                self.add_linear(f"weight{index}", f"bias{index}", sizes, params_dtype, device)
             self.reset_parameters()
 
         def forward(

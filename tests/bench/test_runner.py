@@ -125,7 +125,7 @@ def test_json_holds_all_of_a_result():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("automodel_fn.benchmark/2", "other/1", "format="),
+        ("automodel_fn.benchmark/3", "other/1", "format="),
         ('"rounds": 1', '"rounds": "one"', "result.rounds='one' must be of type int"),
         ('"rounds": 1', '"bounds": 1', "missing or unknown: bounds, rounds"),
         ('"num_cpus": 2', '"num_cpus": null', "result.environment.num_cpus=None"),

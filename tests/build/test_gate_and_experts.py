@@ -1,8 +1,12 @@
+import copy
+import sys
+import types
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from automodel_fn import ConfigError, build
+from automodel_fn import BackendUnavailableError, ConfigError, build
 
 
 def dense(made, x, weights, chosen):
@@ -50,6 +54,48 @@ def test_gradients_reach_tokens_weights_and_experts(routed, backend):
 
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_transformer_engine_compute_the_same(routed, classes, monkeypatch):
+    monkeypatch.setattr(
+        classes.grouped_linear, "quantized", lambda self, name, _, dtype: getattr(self, name)
+    )
+    made = build.experts(6, 32, 16, backend="te", dtype="fp32")
+    x, weights, chosen = (each.clone() for each in routed)
+    x.requires_grad_(), weights.requires_grad_()
+    sources = (x, weights, made.gate_up_proj, made.down_proj)
+    found, expected = made(x, weights, chosen), dense(made, x, weights, chosen)
+    ours = torch.autograd.grad(found.sum(), sources)
+
+    assert list(made.state_dict()) == ["gate_up_proj", "down_proj"]
+    assert torch.equal(copy.deepcopy(made)(x, weights, chosen), found)
+    for left, right in zip(ours, torch.autograd.grad(expected.sum(), sources), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_by_grouped_gemm_compute_the_same(routed, monkeypatch):
+    def gmm(a, b, batch_sizes, trans_b):
+        parts = zip(a.split(batch_sizes.tolist()), b.mT if trans_b else b, strict=True)
+        return torch.cat([part @ weight for part, weight in parts])
+
+    package = types.ModuleType("grouped_gemm.ops")
+    package.gmm = gmm
+    monkeypatch.setitem(sys.modules, "grouped_gemm", types.ModuleType("grouped_gemm"))
+    monkeypatch.setitem(sys.modules, "grouped_gemm.ops", package)
+    made, (x, weights, chosen) = build.experts(6, 32, 16, backend="gmm"), routed
+    x, weights = x.bfloat16(), weights.bfloat16()
+    expected = dense(made, x, weights, chosen)
+
+    assert (made(x, weights, chosen) - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+@pytest.mark.usefixtures("no_transformer_engine")
+@pytest.mark.parametrize(
+    ("backend", "said"), [("te", "Transformer Engine"), ("gmm", "pip install grouped_gemm")]
+)
+def test_experts_of_a_package_that_is_missing_are_an_error(backend, said):
+    with pytest.raises(BackendUnavailableError, match=said):
+        build.experts(4, 8, 16, backend=backend)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -155,4 +155,4 @@ def test_a_file_that_holds_no_result_is_refused(cli, tmp_path):
     code, _, err = cli("bench", "--from", path)
 
     assert code == 2
-    assert "expected format='automodel_fn.benchmark/2'" in err
+    assert "expected format='automodel_fn.benchmark/3'" in err

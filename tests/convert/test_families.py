@@ -98,8 +98,9 @@ def test_norms_in_bf16_give_the_bits_of_the_familys_own(family, gpu):
     model, batch = small_model(family, dtype=torch.bfloat16), batch_of(family)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    apply(backend_plan(model, attrs.evolve(OWN, experts="torch"), availability=gpu))
     expected = model(**batch).logits
-    backend = attrs.evolve(OWN, rms_norm="torch_fp32", experts="torch_mm")
+    backend = attrs.evolve(OWN, rms_norm="torch_fp32", experts="torch")
     apply(backend_plan(model, backend, availability=gpu))
     found = model(**batch).logits
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from automodel_fn.bench import BENCHMARKS
 from automodel_fn.bench._bench_ops import OPS
 from automodel_fn.bench._device_time import cuda_run, device_us
 from automodel_fn.bench._ops_measure import measured_op
 from automodel_fn.bench._ops_spec import CEILING, OURS, OURS_SPLIT, TORCH
+from automodel_fn.bench._train_step_models import CASES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,6 +15,8 @@ pytestmark = [
 QUICK = [
     (op, case) for op in OPS for case in op.cases if case.device == "cuda" and case.group == "quick"
 ]
+STEPS = [case for case in CASES if (case.device, case.group) == ("cuda", "quick")]
+on_each_quick_step = pytest.mark.parametrize("case", STEPS, ids=[case.name for case in STEPS])
 
 
 def test_calls_that_wait_for_nothing_are_a_graph():
@@ -82,3 +86,37 @@ def test_a_head_that_splits_its_weight_in_the_call_waits_and_says_so():
 
     assert dict(found[OURS].facts)["is_forward_by_graph"] == 1
     assert dict(found[OURS_SPLIT].facts)["is_forward_by_graph"] == 0
+
+
+def step_by(name, case):
+    (subject,) = [s for s in BENCHMARKS["train-step"].subjects if s.name == name]
+    return subject.measure(case)
+
+
+@on_each_quick_step
+def test_a_step_of_ours_is_measured_and_has_the_losses_of_the_plain_model(case):
+    found = step_by("automodel_fn", case)
+
+    values = dict(found.values)
+    assert values["step_ms"] >= values["host_ms"] > 0
+    assert 0 < values["peak_gib"] < case.needed_bytes / 2**30
+    assert dict(found.facts) == {"is_loss_of_plain": 1, "is_weight_kept": None}
+
+
+@on_each_quick_step
+@pytest.mark.usefixtures("classes")
+@pytest.mark.filterwarnings("ignore")  # Transformer Engine warns of much that is not ours
+def test_a_step_in_fp8_keeps_its_weights_and_has_nearly_the_losses_of_the_plain_model(case):
+    found = step_by("automodel_fn, FP8", case)
+
+    assert dict(found.values)["loss_distance_relative"] < 0.01
+    assert dict(found.facts)["is_weight_kept"] == 1
+
+
+@on_each_quick_step
+def test_a_step_of_the_plain_model_is_measured(case):
+    found = step_by("Hugging Face", case)
+
+    assert found.problem == ""
+    assert dict(found.values)["step_ms"] > 0
+    assert dict(found.facts)["is_loss_of_plain"] is None

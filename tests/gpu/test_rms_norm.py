@@ -4,8 +4,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from automodel_fn import Float32RMSNorm, rms_norm_fp32, rms_norm_kernel
-from automodel_fn.ops._launch import kernel_launch
+from automodel_fn import ConfigError, Float32RMSNorm, rms_norm_fp32, rms_norm_kernel
+from automodel_fn.ops._launch import Relaunch, kernel_launch
 from automodel_fn.ops._rms_norm import rms_norm_reference
 from automodel_fn.testing import check_rms_norm, check_rms_norm_residual, check_rms_norm_scale
 
@@ -170,6 +170,39 @@ def test_a_weight_with_shards_beside_a_plain_input_is_refused_as_torch_refuses_i
             rms_norm_fp32(x, scale, 1e-5)
     finally:
         dist.destroy_process_group()
+
+
+@both_ways
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_call_again_has_the_bits_of_the_first(with_residual, weight_multiply, monkeypatch):
+    launched, relaunch = [], Relaunch.__call__
+    monkeypatch.setattr(
+        Relaunch, "__call__", lambda *given: launched.append(relaunch(*given)) or launched[-1]
+    )
+    x, weight = made((61, 640), torch.bfloat16)
+    residual = torch.randn_like(x) if with_residual else None
+    dy, eps, found = torch.randn_like(x), 1.0 + torch.rand(()).item(), []
+    for _ in range(3):
+        used = [tensor for tensor in (x, weight, residual) if tensor is not None]
+        used = leaves(*used)
+        out = rms_norm_fp32(
+            *used[:2],
+            eps,
+            weight_multiply=weight_multiply,
+            residual=used[2] if with_residual else None,
+        )
+        outputs = list(out) if with_residual else [out]
+        found.append([*outputs, *torch.autograd.grad(outputs, used, [dy] * len(outputs))])
+
+    # In the second call the forward, in the third the gradients and the sum of their parts too.
+    assert launched == [True] * 4
+    for again in found[1:]:
+        for left, right in zip(again, found[0], strict=True):
+            assert torch.equal(left, right)
+    with pytest.raises(ConfigError, match="eps=-1"):
+        rms_norm_fp32(x, weight, -1.0)
+    x[0, 0] = torch.nan
+    assert rms_norm_fp32(x, weight, eps, weight_multiply=weight_multiply)[0].isnan().all()
 
 
 def test_only_what_is_wanted_is_differentiated():

@@ -1,3 +1,5 @@
+import copy
+
 import attrs
 import pytest
 import torch
@@ -8,6 +10,8 @@ from automodel_fn import BackendConfig, apply, backend_plan, step_context
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    # Compilers, flex attention and Transformer Engine warn of what they and their like do.
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 OWN = BackendConfig(
@@ -46,6 +50,12 @@ def loss_and_gradients(model):
 
 
 def assert_alike(model, backend, tolerance):
+    """In float32, near what the own model computes.
+
+    In bf16 no further from its float32 than twice what the own one is: a rounding may send a token
+    to another expert.
+    """
+    exact_loss, exact = loss_and_gradients(copy.deepcopy(model).float())
     expected, gradients = loss_and_gradients(model)
     keys = list(model.state_dict())
     report = apply(backend_plan(model, backend))
@@ -53,10 +63,10 @@ def assert_alike(model, backend, tolerance):
     found, ours = loss_and_gradients(model)
 
     assert list(model.state_dict()) == keys
-    assert abs(found - expected) < tolerance * abs(expected)
-    for name, gradient in gradients.items():
-        error = (ours[name].float() - gradient.float()).norm()
-        assert error < tolerance * gradient.float().norm() + 1e-5, name
+    assert abs(found - exact_loss) < tolerance * abs(exact_loss)
+    for name, gradient in exact.items():
+        error, own_error = ((each[name].float() - gradient).norm() for each in (ours, gradients))
+        assert error < 2 * own_error + tolerance / 10 * gradient.norm() + 1e-5, name
     report.undo()
     again, _ = loss_and_gradients(model)
     assert abs(again - expected) < 1e-3 * abs(expected)

@@ -135,6 +135,71 @@ def test_a_kernel_that_needs_scratch_memory_is_left_to_triton():
     assert (len(kernel.by_triton), len(kernel.direct)) == (2, 0)
 
 
+@pytest.fixture
+def current(monkeypatch):
+    """The current device, which may be changed."""
+    device = [-1]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: device[0], raising=False)
+    return device
+
+
+def launched_once(kernel, *tensors):
+    launch = Launcher(kernel)
+    launch((3, 2, 1), (*tensors, 32, 0.5), (7, True), num_warps=4, alike="these")
+    return launch
+
+
+@pytest.mark.usefixtures("hooks", "current")
+def test_calls_alike_are_launched_again_with_all_arguments_but_the_tensors_of_the_first():
+    kernel, x, y, z = Kernel(), aligned(8), aligned(8), aligned(8)
+    launch = launched_once(kernel, x, None, y)
+
+    assert launch.again("others") is None
+    assert launch.again(None) is None
+    assert launch.again("these")(z, None, x)
+    nothing = (None, None, "packed", None, None, None)
+    passed = (z.data_ptr(), None, x.data_ptr(), 32, 0.5, 7, True)
+    assert kernel.direct == [(1, (3, 2, 1, 99, 17, False, False, *nothing, *passed))]
+    assert len(kernel.by_triton) == 1
+
+
+def test_what_has_to_be_done_anew_is_not_launched_again(hooks, current):
+    kernel, x = Kernel(), aligned(9)
+    again = launched_once(kernel, x).again("these")
+
+    assert not again(x[1:])
+    assert not again(torch.empty(0))
+    assert not again(torch.empty(8, device="meta"))
+    for calls in (hooks.launch_enter_hook.calls, hooks.launch_exit_hook.calls):
+        calls.append("a profiler")
+        assert not again(x)
+        calls.clear()
+    current[0] = 1
+    assert not again(x)
+    assert kernel.direct == []
+    current[0] = -1
+    assert again(x)
+
+
+@pytest.mark.usefixtures("hooks")
+def test_a_call_that_another_one_could_not_repeat_is_not_remembered(monkeypatch):
+    assert launched_once(Kernel(), aligned(9)[1:]).again("these") is None
+    assert launched_once(Kernel(scratch=128), aligned(8)).again("these") is None
+    assert launched_once(Kernel(), aligned(8)).again("these") is not None
+    use_triton(monkeypatch, "9.9.9")
+    assert launched_once(Kernel(), aligned(8)).again("these") is None
+
+
+@pytest.mark.usefixtures("hooks")
+def test_calls_that_never_come_again_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(_launch, "_MOST_RELAUNCHES", 3)
+    launch, x = Launcher(Kernel()), aligned(8)
+    for number in range(7):
+        launch((1, 1, 1), (x,), (), num_warps=4, alike=number)
+
+    assert [number for number in range(7) if launch.again(number)] == [6]
+
+
 @pytest.mark.usefixtures("hooks")
 def test_a_tensor_without_memory_is_refused_before_any_launch_and_an_empty_one_is_not():
     kernel, x = Kernel(), aligned(8)
