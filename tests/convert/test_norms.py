@@ -175,3 +175,16 @@ def test_a_layer_norm_is_no_candidate():
     plan = backend_plan(nn.Sequential(nn.LayerNorm(8), nn.Identity(), nn.Dropout()), FP32)
 
     assert "rms_norm" not in {each.field for each in plan.entries}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "sizes", "options"),
+    [*GATED[:4], *GATED[-2:], ("gemma4", "Gemma4RMSNorm", (64,), {"with_scale": False})],
+)
+def test_a_norm_is_compiled_whole(family, name, sizes, options):
+    model = holder(made(family, name, *sizes, **options))
+    apply(backend_plan(model, FP32))
+    compiled = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    given = [torch.randn(2, 5, 64) for _ in range(1 if family == "gemma4" else 2)]
+
+    torch.testing.assert_close(compiled(*given), model[0](*given))

@@ -176,3 +176,13 @@ def test_logits_and_gradients_are_those_of_the_untouched_model(model_type):
             torch.testing.assert_close(one, other, **tolerance)
     report.undo()
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "nanochat", "gemma4_text"])
+def test_attention_is_compiled_whole(model_type):
+    model, ids = small(model_type), torch.randint(3, 200, (2, 16))
+    apply(backend_plan(model, FUSED))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = compiled(input_ids=ids, use_cache=False).logits
+
+    torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits)
