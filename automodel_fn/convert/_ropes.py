@@ -23,7 +23,9 @@ def _functions(cls: type[Any]) -> dict[str, Any]:
     """The functions for rotary embeddings that the forward of a class names, by name."""
     function = innermost(cls.forward)
     known = function.__globals__ if function else {}
-    return {name: known[name] for name in _FUNCTIONS if name in names_in(cls) and name in known}
+    named = {name: known.get(name) for name in _FUNCTIONS if name in names_in(cls)}
+    # None is what is left of an optional package that is not installed.
+    return {name: each for name, each in named.items() if callable(each)}
 
 
 def _namespace(below: type[Any], choice: str) -> Namespace:

@@ -120,7 +120,10 @@ def rotary_convention(function: Any) -> RotaryConvention | None:
     Args:
         function: `apply_rotary_pos_emb` of a family, or the like.
     """
-    form = _FORMS.get(tuple(inspect.signature(function).parameters))
+    try:
+        form = _FORMS.get(tuple(inspect.signature(function).parameters))
+    except ValueError:
+        return None  # it is none of Python's
     ways = _ways(form) if form else ()
     return next((way for way in ways if _is_of_way(function, way)), None)
 

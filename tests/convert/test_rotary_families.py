@@ -152,6 +152,19 @@ def test_a_function_that_turns_the_end_of_a_head_is_another_way():
     assert rotary_convention(trailing) is None
 
 
+def test_what_is_no_function_of_pythons_is_another_way():
+    assert rotary_convention(torch.add) is None
+
+
+def test_a_rotation_that_was_not_imported_is_none(monkeypatch):
+    from transformers.models.cohere import modeling_cohere
+
+    model = small("cohere")
+    monkeypatch.setattr(modeling_cohere, PAIR, None)
+
+    assert entries(model) == []
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_logits_and_gradients_are_those_of_the_untouched_model(model_type):
     model = small(model_type)

@@ -11,7 +11,14 @@ from convert_families import OWN, batch_of, small_model
 from torch.distributed.fsdp import fully_shard
 from automodel_fn import apply, backend_plan
 
-backend = attrs.evolve(OWN, rms_norm="torch_fp32", rope_fusion=True, swiglu="fused", loss="fused")
+backend = attrs.evolve(
+    OWN,
+    rms_norm="torch_fp32",
+    rope_fusion=True,
+    swiglu="fused",
+    loss="fused",
+    lm_head_precision="fp32",
+)
 batch = batch_of("llama")
 own = small_model("llama")
 own(**batch).loss.backward()

@@ -1,4 +1,5 @@
 import copy
+import importlib
 
 import attrs
 import pytest
@@ -127,3 +128,37 @@ def test_a_head_in_a_precision_gives_the_loss_of_float32_products(precision, los
     assert model.lm_head.weight.grad.dtype == torch.float32
     report.undo()
     assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "name", "sizes", "num_inputs"),
+    [
+        ("t5", "T5LayerNorm", (128,), 1),
+        ("nanochat", "NanoChatRMSNorm", (), 1),
+        ("qwen3_next", "Qwen3NextRMSNormGated", (128,), 2),
+        ("kimi_linear", "KimiLinearRMSNormGated", (128,), 2),
+        ("mamba2", "MambaRMSNormGated", (128, 32), 2),
+    ],
+)
+def test_norms_of_every_kind_compute_what_their_own_code_does(
+    family, name, sizes, num_inputs, dtype
+):
+    found = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    with torch.device("cuda"):
+        model = torch.nn.Sequential(getattr(found, name)(*sizes)).to(dtype)
+        given = [torch.randn(2, 64, 128, dtype=dtype).requires_grad_() for _ in range(num_inputs)]
+        weights = torch.randn(2, 64, 128, dtype=dtype)
+    wanted = [*given, *model.parameters()]
+
+    def numbers():
+        made = model[0](*given)
+        return [made, *torch.autograd.grad(made, wanted, weights)]
+
+    expected = numbers()
+    assert apply(backend_plan(model, attrs.evolve(OWN, rms_norm="torch_fp32"))).num_swaps == 1
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(numbers(), expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = (ours.float() - theirs.float()).norm()
+        assert error < tolerance * theirs.float().norm()
