@@ -47,7 +47,9 @@ def _model(below: type[Any]) -> Namespace:
         is_dict = given.pop("return_dict", None)
         if is_dict is None:
             is_dict = self.config.return_dict
-        seen = without_logits(self, partial(_loss, self.lm_head, softcap_of(self)))
+        head = _LaterHead(self.lm_head)
+        loss_function = partial(_loss, self.lm_head, head, softcap_of(self))
+        seen = without_logits(self, loss_function, lm_head=head)
         found = below.forward(seen, **given, return_dict=True)
         output = type(found)(**{name: value for name, value in found.items() if name != "logits"})
         return output if is_dict else output.to_tuple()
@@ -78,11 +80,13 @@ class _LaterHead(Overlay):
     """The head, with its attributes, that gives hidden states back as they are."""
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
+        self.given_dtype = hidden_states.dtype
         return hidden_states
 
 
 def _loss(
     head: Any,
+    later: _LaterHead,
     softcap: float | None,
     logits: Tensor,
     labels: Tensor,
@@ -96,6 +100,9 @@ def _loss(
 
     By way of the head's own call, so that its hooks run, as FSDP2's.
     """
+    if isinstance(head, LMHead) and head.precision != "fp32":
+        # What a family makes float32 of its logits, as Mamba does, the head has been given narrow.
+        logits = logits.to(later.given_dtype)
     options: dict[str, Any] = {
         "labels": (labels if shift_labels is None else shift_labels).to(logits.device),
         "shift": shift_labels is None,

@@ -163,6 +163,20 @@ def test_float32_hidden_states_are_an_error_that_names_the_way_out():
         model(**batch_of("llama"))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_family_that_widens_its_logits_gives_the_loss_its_hidden_states(precision):
+    """Mamba does, and the loss is to multiply what its head is given."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=96)
+    model = transformers.MambaForCausalLM(config).bfloat16().train()
+    ids, losses = batch_of("llama")["input_ids"], []
+    for loss in ("torch", "fused"):
+        apply(backend_plan(model, asked(precision, loss=loss)))
+        losses.append(model(input_ids=ids, labels=ids).loss)
+
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
 class Head(nn.Linear):
     def forward(self, input):
         return super().forward(input) * 2
