@@ -6,7 +6,13 @@ import transformers
 from automodel_fn import BackendConfig
 
 OWN = BackendConfig(
-    attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False, swiglu="torch", loss="torch"
+    attn="sdpa",
+    linear="torch",
+    rms_norm="torch",
+    rope_fusion=False,
+    async_masks=False,
+    swiglu="torch",
+    loss="torch",
 )
 """What these models run by of themselves."""
 
