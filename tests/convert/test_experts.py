@@ -484,6 +484,18 @@ class TestTransformerEngine:
         assert torch.equal(again(**batch).logits, expected)
         assert not set(self.grouped(again)) & set(self.grouped(model))
 
+    def test_after_a_cast_there_are_new_ones_in_the_place_of_the_old_ones(self, model):
+        batch = batch_of("qwen3_moe")
+        model(**batch)
+        before = set(self.grouped(model))
+        model(**batch)
+        assert set(self.grouped(model)) == before
+        model.bfloat16()
+        model(**batch)
+
+        assert len(self.grouped(model)) == len(before)
+        assert not set(self.grouped(model)) & before
+
     def test_they_are_no_parts_of_the_model(self, model):
         before = dict(model.named_modules())
         model(**batch_of("qwen3_moe"))
