@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from automodel_fn.backend._fp8 import TEFp8Config
-from automodel_fn.backend._rules import AUTO, CHOICES
+from automodel_fn.backend._rules import AUTO, CHOICES, HEAD_PRECISIONS
 from automodel_fn.dtypes import dtype_name, parse_dtype
 from automodel_fn.errors import ConfigError
 
@@ -36,6 +36,7 @@ def complaint(name: str, value: Any) -> str:
         "enable_deepep": _no_deepep,
         "fake_gate_noise": _no_noise,
         "te_fp8": _no_fp8,
+        "lm_head_precision": _no_head_precision,
         "gate_precision": _no_precision,
     }[name](value)
 
@@ -82,6 +83,13 @@ def _no_fp8(value: Any) -> str:
     except (ConfigError, TypeError) as error:
         return f"is no FP8 config: {str(error).removeprefix('TEFp8Config.__init__() ')}"
     return ""
+
+
+def _no_head_precision(value: Any) -> str:
+    if value is None:
+        return ""
+    text = _no_choice(value, HEAD_PRECISIONS)
+    return text.replace("one of", "None or one of", 1)
 
 
 def _no_precision(value: Any) -> str:

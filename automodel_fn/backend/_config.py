@@ -16,6 +16,7 @@ from automodel_fn.backend._rules import (
     Dispatcher,
     Experts,
     Fused,
+    HeadPrecision,
     Linear,
     Norm,
     contradictions,
@@ -50,6 +51,9 @@ class BackendConfig:
         swiglu: `silu(gate) * up` in MLPs and experts: "auto", "torch" or "fused" (one kernel).
         loss: The loss behind the model's own `labels=`: "auto", "torch" or "fused", which makes no
             logits: in training they are None in the output.
+        lm_head_precision: The products of the head, whose logits are then float32: "fp32", "bf16x3"
+            (bfloat16 parts of the weight), "bf16", each as in `lm_head_logits`; None leaves the
+            head as it is. The weight stays as it is stored.
         experts: Products of the experts: "auto", "torch" (one an expert), "torch_mm" (grouped),
             "torch_mm_mxfp8" (grouped, in MXFP8 by torchao), "gmm" or "te".
         dispatcher: How tokens reach their experts: "auto", "torch", "deepep", "hybridep" or
@@ -92,6 +96,7 @@ did you mean 'sdpa'?
     rope_fusion: bool | Literal["auto"] = "auto"
     swiglu: Fused = "auto"
     loss: Fused = "auto"
+    lm_head_precision: HeadPrecision | None = None
     experts: Experts = "auto"
     dispatcher: Dispatcher = "auto"
     dispatcher_num_sms: int = 20

@@ -17,6 +17,10 @@ FUSED_LOSS = (
     "the fused loss makes no logits: in training, where labels are given, output.logits is "
     "None; loss='torch' keeps them"
 )
+TE_IN_FLOAT32 = (
+    "attention by Transformer Engine is of weights that are stored in float32: without autocast or "
+    "mixed precision it has no fast kernel; cast the model, or use attn='sdpa'"
+)
 _FLEX = ("deepep", "hybridep", "uccl_ep")
 _FLEX_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "dispatcher_num_sms": _FLEX,
@@ -42,6 +46,8 @@ def reason_for(name: str, asked: Values, runs: Values, found: Availability) -> s
     if name in RUNNABLE and runs[name] is not None:
         reason = f"as asked; it {found.verdict(backend_name(name, runs[name])).reason} here"
         return f"{reason}; {FUSED_ROPE}" if name == "rope_fusion" and runs[name] else reason
+    if name == "lm_head_precision" and runs[name] == "bf16x3" and not found.devices:
+        return "as asked; without a GPU it multiplies in float32"
     return _plain(name, runs)
 
 
@@ -78,6 +84,7 @@ def _plain(name: str, runs: Values) -> str:
     return {
         "enable_deepep": "replaced by dispatcher and experts",
         "te_fp8": "no FP8",
+        "lm_head_precision": "the head computes in the dtype of its weight",
         "gate_precision": "the gate projects in its input's dtype and scores in float32",
     }[name]
 
@@ -99,6 +106,8 @@ def notes_for(runs: Values, found: Availability) -> Iterator[str]:
         )
     if runs["fake_balanced_gate"]:
         yield "fake_balanced_gate=True ignores the router: for benchmarks, not for training"
+    if runs["enable_fsdp_optimizations"] and found.world_size == 1:
+        yield "enable_fsdp_optimizations=True: one rank has no gradients to hold back"
     capabilities = {device.capability for device in found.devices}
     if len(capabilities) > 1:
         yield "the GPUs differ in compute capability: what one of them can run counts as runnable"

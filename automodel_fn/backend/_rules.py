@@ -15,8 +15,11 @@ Attention = Literal["auto", "te", "sdpa", "flex", "eager", "tilelang"]
 Linear = Literal["auto", "torch", "te"]
 Norm = Literal["torch", "torch_fp32", "te"]
 Fused = Literal["auto", "torch", "fused"]
+HeadPrecision = Literal["fp32", "bf16x3", "bf16"]
 Experts = Literal["auto", "torch", "te", "gmm", "torch_mm", "torch_mm_mxfp8"]
 Dispatcher = Literal["auto", "torch", "deepep", "hybridep", "uccl_ep"]
+
+HEAD_PRECISIONS = get_args(HeadPrecision)
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "attn": get_args(Attention),

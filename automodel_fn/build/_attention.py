@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from automodel_fn.build._arguments import check_arguments
+from automodel_fn.build._te_attention import TEAttention
 from automodel_fn.errors import ConfigError
 from automodel_fn.nn._attention import Attention
 from automodel_fn.nn._rotary import RotaryEmbedding
@@ -20,16 +21,20 @@ def attention(
     """Attention: `q` `[B, S, N, D]`, `k` and `v` `[B, S, K, D]` to `[B, S, N, D]`; K divides N.
 
     Args:
-        backend: "sdpa", "eager" (products and a softmax in float32, written out), or "flex"
-            (compiled at the first call; without gradients on a CPU).
+        backend: "sdpa", "eager" (products and a softmax in float32, written out), "flex"
+            (compiled at the first call; without gradients on a CPU), or "te" (Transformer Engine's
+            `DotProductAttention`, on a GPU: its fast kernels take bf16 or fp16 and a D that is a
+            multiple of 8 and at most 256; `v` may be `[B, S, K, V]`).
         is_causal: Whether later tokens are hidden.
         scale: Of the products; None is `D ** -0.5`.
 
     Returns:
-        A module without parameters: `module(q, k, v)`.
+        A module without parameters or state, which is made on any device, also on meta:
+        `module(q, k, v)`.
 
     Raises:
         ConfigError: An unknown backend.
+        BackendUnavailableError: Transformer Engine cannot be imported here.
 
     Source:
         `initialize_attn_module_and_func` (NeMo Automodel).
@@ -39,7 +44,9 @@ def attention(
         >>> attention()(q, k, k).shape
         torch.Size([1, 3, 4, 8])
     """
-    check_arguments("attention", backend, ("sdpa", "eager", "flex"), {}, torch.float32)
+    check_arguments("attention", backend, ("sdpa", "eager", "flex", "te"), {}, torch.float32)
+    if backend == "te":
+        return TEAttention(is_causal=is_causal, scale=scale)
     chosen: Any = backend
     return Attention(chosen, is_causal=is_causal, scale=scale)
 

@@ -55,6 +55,7 @@ def train(
     rope_fusion: options.RopeFusion = None,
     swiglu: options.Swiglu = None,
     loss: options.Loss = None,
+    lm_head_precision: options.HeadPrecision = None,
     experts: options.Experts = None,
     fp8: options.Fp8 = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
@@ -71,7 +72,7 @@ def train(
     from automodel_fn.cli._backends import asked_backend
     from automodel_fn.cli._settings import TrainSettings
 
-    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, experts, fp8)
+    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, lm_head_precision, experts, fp8)
     settings = TrainSettings(
         model=model,
         data=tuple(data or ()),
@@ -104,6 +105,7 @@ def plan(
     rope_fusion: options.RopeFusion = None,
     swiglu: options.Swiglu = None,
     loss: options.Loss = None,
+    lm_head_precision: options.HeadPrecision = None,
     experts: options.Experts = None,
     fp8: options.Fp8 = None,
     as_json: options.Json = False,
@@ -116,7 +118,7 @@ def plan(
     from automodel_fn.cli._display import Display, console
     from automodel_fn.cli._plan import make_plan, plans_json
 
-    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, experts, fp8)
+    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, lm_head_precision, experts, fp8)
     made, swaps = make_plan(
         model,
         dtype,

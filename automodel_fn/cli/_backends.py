@@ -10,7 +10,17 @@ import attrs
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.errors import ConfigError
 
-FIELDS = ("attn", "linear", "rms_norm", "rope_fusion", "swiglu", "loss", "experts", "te_fp8")
+FIELDS = (
+    "attn",
+    "linear",
+    "rms_norm",
+    "rope_fusion",
+    "swiglu",
+    "loss",
+    "lm_head_precision",
+    "experts",
+    "te_fp8",
+)
 """Those that have an option, in the order in which the commands give them."""
 
 _WORDS = {"true": True, "false": False}

@@ -97,6 +97,10 @@ RopeFusion = Annotated[
 ]
 Swiglu = Annotated[str | None, _field("--swiglu", "SwiGLU: auto, torch, fused.")]
 Loss = Annotated[str | None, _field("--loss", "The loss: auto, torch, fused (no logits).")]
+HeadPrecision = Annotated[
+    str | None,
+    _field("--lm-head-precision", "Products of the head, to float32 logits: fp32, bf16x3, bf16."),
+]
 Experts = Annotated[str | None, _field("--experts", "Experts: auto, torch, torch_mm, te, gmm.")]
 Fp8 = Annotated[str | None, _field("--fp8", "FP8 in Transformer Engine: current, block, mxfp8.")]
 

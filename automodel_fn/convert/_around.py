@@ -26,6 +26,7 @@ class Around:
         names_of: By the id of each parameter, all of its names.
         head: The head of a model of transformers, or None.
         fp8_blocks: The ids of the modules that FP8 is on in, each on its own.
+        has_gpu: Whether it is to run on a GPU.
     """
 
     parts: Sequence[Part]
@@ -36,6 +37,7 @@ class Around:
     names_of: Mapping[int, tuple[str, ...]] = attrs.field(kw_only=True)
     head: nn.Module | None = attrs.field(kw_only=True)
     fp8_blocks: frozenset[int] = attrs.field(kw_only=True)
+    has_gpu: bool = attrs.field(default=False, kw_only=True)
 
     def as_asked(self, field: str) -> str:
         """By whom the choice for a field was made, in words."""
@@ -53,6 +55,7 @@ def look_around(
     *,
     chosen: Collection[str] = (),
     skipped: Mapping[int, str] | None = None,
+    has_gpu: bool = False,
 ) -> Around:
     """All that rules look at, found once."""
     by_name = {name: part for part in parts for name in part.names}
@@ -66,6 +69,7 @@ def look_around(
         names_of={id(item.tensor): item.names for item in tensors.tensors},
         head=head,
         fp8_blocks=frozenset(_fp8_blocks(parts, by_name, asked, head)),
+        has_gpu=has_gpu,
     )
 
 

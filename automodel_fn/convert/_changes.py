@@ -9,6 +9,7 @@ import attrs
 from torch import nn
 
 from automodel_fn.cast._interrupts import interrupts_deferred
+from automodel_fn.convert._covers import covered_as
 from automodel_fn.convert._settings import ADDED, own_class, settings_of
 from automodel_fn.convert._variants import BEHAVIOURS, variant
 
@@ -71,12 +72,15 @@ def class_change(module: nn.Module, settings: Mapping[str, str]) -> ClassChange:
             state.pop(name, None)
     for field, choice in settings.items():
         if before.get(field) != choice:
-            found = BEHAVIOURS[field].state(module, choice)
+            needs = BEHAVIOURS[field].state(module, choice)
+            found = {name: value for name, value in needs.items() if name not in state}
             state |= found
             added |= {field: tuple(found)} if found else {}
     if added:
         state[ADDED] = added
-    return ClassChange(module, cls=variant(own_class(type(module)), settings), state=state)
+    cls = type(module)
+    made = covered_as(cls, variant(own_class(cls), settings))
+    return ClassChange(module, cls=made, state=state)
 
 
 def carry_out(changes: Sequence[Change]) -> None:

@@ -60,7 +60,7 @@ def grouped_forward(
         product=vars(self)[PRODUCT],
         layers=(_stacked(self, _first(self)), _stacked(self, "down_proj")),
         gate=self._apply_gate if self.has_gate else self.act_fn,
-        norm=self.post_expert_norm if self.has_post_expert_norm else None,
+        norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
     )
 
 

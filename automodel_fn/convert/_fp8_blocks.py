@@ -5,17 +5,17 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from automodel_fn.backend._fp8 import TEFp8Config
 from automodel_fn.convert._around import Around
 from automodel_fn.convert._experts import unfit_experts
 from automodel_fn.convert._parts import Part
+from automodel_fn.convert._recipes import config_of
 from automodel_fn.convert._rule_linear import unfit_for_fp8
 from automodel_fn.convert._rules import Rule
 from automodel_fn.convert._settings import Behaviour, Namespace
 
 
 def _namespace(below: type[Any], choice: str) -> Namespace:
-    autocast = TEFp8Config(choice).prepared()
+    autocast = config_of(choice).prepared()
 
     @wraps(below.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

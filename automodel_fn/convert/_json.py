@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from automodel_fn.backend._fp8 import RECIPES
+from automodel_fn.convert._recipes import RecipeWord
 from automodel_fn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +18,12 @@ _WORDS = ("field", "module_class", "before", "after", "action", "reason")
 
 
 def plan_to_json(plan: BackendPlan) -> str:
-    """One entry a line, so that two plans can be compared by line."""
+    """One entry a line, so that two plans can be compared by line.
+
+    Raises:
+        ConfigError: FP8 by a recipe object, which has no name.
+    """
+    _demand_words(plan)
     head = json.dumps({"format": FORMAT, "notes": list(plan.notes)})
     lines = (
         json.dumps({"names": list(entry.names), **{word: getattr(entry, word) for word in _WORDS}})
@@ -25,6 +32,17 @@ def plan_to_json(plan: BackendPlan) -> str:
     entries = ",\n  ".join(lines)
     body = f"[\n  {entries}\n ]" if entries else "[]"
     return f'{head[:-1]}, "entries": {body}}}\n'
+
+
+def _demand_words(plan: BackendPlan) -> None:
+    for entry in plan.entries:
+        for word in (entry.before, entry.after):
+            if isinstance(word, RecipeWord):
+                raise ConfigError(
+                    f"{entry.label}, {entry.field}: {word} is a recipe object, which has no name "
+                    f"to write; use one of {', '.join(map(repr, RECIPES))}, or plan where the plan "
+                    "is applied."
+                )
 
 
 def plan_from_json(

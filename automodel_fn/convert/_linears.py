@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from automodel_fn.convert._settings import Behaviour, Namespace
-from automodel_fn.convert._te_state import NO_EXTRA_STATE, state_of
+from automodel_fn.convert._te_state import NO_EXTRA_STATE
 from automodel_fn.te._aware import step_aware
 from automodel_fn.te._load import load_te_classes
 
@@ -30,7 +30,7 @@ def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:
         device="meta",
         params_dtype=linear.weight.dtype,
     )
-    return state_of(made, beside=module)
+    return vars(made)
 
 
 LINEAR = Behaviour(_namespace, bases=_bases, state=_state)

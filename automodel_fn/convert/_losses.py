@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from automodel_fn.convert._overlay import Overlay, innermost
 from automodel_fn.convert._settings import Behaviour, Namespace, own_class
+from automodel_fn.nn._lm_head import LMHead
 from automodel_fn.ops._loss import lm_head_loss
 
 
@@ -23,7 +24,11 @@ def _head(below: type[Any]) -> Namespace:
     def forward(self: Any, input: Tensor, loss_options: dict[str, Any] | None = None) -> Tensor:
         if loss_options is None:
             return below.forward(self, input)
-        return lm_head_loss(input, self.weight, bias=self.bias, **loss_options).loss
+        precision = self.precision if isinstance(self, LMHead) else None
+        found = lm_head_loss(
+            input, self.weight, bias=self.bias, precision=precision, **loss_options
+        )
+        return found.loss
 
     return {"forward": forward}
 

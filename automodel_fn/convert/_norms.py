@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from automodel_fn.convert._norm_conventions import norm_convention, normed
+from automodel_fn.convert._gated_norms import gated, gated_convention, is_norm_first
+from automodel_fn.convert._norm_conventions import has_weight, norm_convention, normed
 from automodel_fn.convert._settings import Behaviour, Namespace, own_class
-from automodel_fn.convert._te_state import NO_EXTRA_STATE, state_of
+from automodel_fn.convert._te_state import NO_EXTRA_STATE
 from automodel_fn.te._aware import step_aware
 from automodel_fn.te._load import load_te_classes
 
@@ -18,15 +19,29 @@ from automodel_fn.te._load import load_te_classes
 def _namespace(below: type[Any], choice: str) -> Namespace:
     if choice == "te":
         return dict(NO_EXTRA_STATE)
-    convention = norm_convention(own_class(below))
-    if convention is None:
-        raise AssertionError(f"{below.__name__} is no RMSNorm")
+    own = own_class(below)
+    plain = {is_weighted: norm_convention(own, is_weighted) for is_weighted in (True, False)}
+    if any(plain.values()):
+        return {"forward": _plain(below, plain)}
+    return {
+        "forward": _gated(below, {first: gated_convention(own, first) for first in (True, False)})
+    }
 
+
+def _plain(below: type[Any], conventions: Mapping[bool, Any]) -> Any:
     @wraps(below.forward)
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return normed(self, hidden_states, convention)
+        return normed(self, hidden_states, conventions[has_weight(self)])
 
-    return {"forward": forward}
+    return forward
+
+
+def _gated(below: type[Any], conventions: Mapping[bool, Any]) -> Any:
+    @wraps(below.forward)
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return gated(self, hidden_states, gate, conventions[is_norm_first(self)])
+
+    return forward
 
 
 def _bases(choice: str) -> tuple[type[Any], ...]:
@@ -46,7 +61,7 @@ def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:
         dtype=weight.dtype,
         **options,
     )
-    return state_of(made, beside=module)
+    return vars(made)
 
 
 RMS_NORM = Behaviour(_namespace, bases=_bases, state=_state)

@@ -29,7 +29,7 @@ class Part:
 
     @property
     def own(self) -> type[nn.Module]:
-        """The module's class without what was made of it here."""
+        """The module's class without what was made of it here, or by FSDP2."""
         return own_class(type(self.module))
 
     @property

@@ -90,7 +90,11 @@ class BackendPlan:
         )
 
     def to_json(self) -> str:
-        """The plan as JSON text; without its model."""
+        """The plan as JSON text; without its model.
+
+        Raises:
+            ConfigError: FP8 by a recipe object, which has no name.
+        """
         return plan_to_json(self)
 
     @classmethod

@@ -8,15 +8,16 @@ from torch import nn
 
 from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
-from automodel_fn.backend._fp8 import RECIPES, TEFp8Config
 from automodel_fn.backend._probe import probe
-from automodel_fn.backend._reasons import FUSED_LOSS
+from automodel_fn.backend._reasons import FUSED_LOSS, TE_IN_FLOAT32
 from automodel_fn.backend._resolve import Resolution, resolve
 from automodel_fn.convert._around import Around, look_around
 from automodel_fn.convert._entries import SKIP, ModuleSwap
 from automodel_fn.convert._experts import GROUPED, GROUPED_EXPERTS_RULE
+from automodel_fn.convert._head_sizes import has_wide_te_attention
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
+from automodel_fn.convert._recipes import recipe_word
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.dtypes import dtype_name
 from automodel_fn.errors import ConfigError
@@ -59,7 +60,8 @@ def backend_plan(
         ...     print(entry.name, entry.field, entry.action, entry.reason)
         0 linear skip skip='0'
     """
-    resolution = _resolved(backend, availability)
+    found = probe() if availability is None else availability
+    resolution = _resolved(backend, found)
     model_scan, parts = scanned(model)
     asked = asked_of(resolution.backend)
     around = look_around(
@@ -68,6 +70,7 @@ def backend_plan(
         asked,
         chosen=_chosen(resolution),
         skipped=skipped_parts(parts, skip),
+        has_gpu=bool(found.devices),
     )
     entries = tuple(_entries(around))
     return BackendPlan(
@@ -77,7 +80,7 @@ def backend_plan(
     )
 
 
-def _resolved(backend: BackendConfig | Resolution, availability: Availability | None) -> Resolution:
+def _resolved(backend: BackendConfig | Resolution, availability: Availability) -> Resolution:
     if isinstance(backend, Resolution):
         return backend
     if not isinstance(backend, BackendConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -85,7 +88,7 @@ def _resolved(backend: BackendConfig | Resolution, availability: Availability | 
             f"backend={type(backend).__name__} must be a BackendConfig or a Resolution; "
             "write backend_plan(model, BackendConfig(...))."
         )
-    return resolve(backend, probe() if availability is None else availability)
+    return resolve(backend, availability)
 
 
 def asked_of(backend: BackendConfig) -> dict[str, str]:
@@ -95,7 +98,7 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         >>> asked_of(BackendConfig(attn="sdpa", gate_precision="fp32"))["gate_precision"]
         'float32'
     """
-    precision, fp8, experts = backend.gate_precision, backend.te_fp8, backend.experts
+    precision, experts = backend.gate_precision, backend.experts
     # What transformers has no forward for needs nothing of its configs either.
     by_config = {} if experts in ("te", "gmm") else {"experts": experts}
     return {
@@ -109,10 +112,11 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         "rope_fusion": str(backend.rope_fusion),
         "swiglu": backend.swiglu,
         "loss": backend.loss,
+        "lm_head_precision": backend.lm_head_precision or "none",
         "gate_precision": "none" if precision is None else dtype_name(precision),
         "fake_balanced_gate": _fake_gate(backend),
         "compile_attn": str(backend.compile_attn),
-        "te_fp8": "none" if fp8 is None else _recipe_name(fp8),
+        "te_fp8": recipe_word(backend.te_fp8),
     }
 
 
@@ -120,15 +124,6 @@ def _fake_gate(backend: BackendConfig) -> str:
     if not backend.fake_balanced_gate:
         return "False"
     return f"noise {backend.fake_gate_noise}" if backend.fake_gate_noise else "balanced"
-
-
-def _recipe_name(fp8: TEFp8Config) -> str:
-    if isinstance(fp8.recipe, str):
-        return fp8.recipe
-    raise ConfigError(
-        f"te_fp8={type(fp8.recipe).__name__} is a recipe object, which has no place in a plan; use "
-        f"one of {', '.join(map(repr, RECIPES))}, or enter backend.te_fp8.autocast() yourself."
-    )
 
 
 def _chosen(resolution: Resolution) -> frozenset[str]:
@@ -166,6 +161,9 @@ def _notes(
             yield from _in_vain(field, choice, found)
         elif field == "loss" and any(entry.changes and entry.after == "fused" for entry in found):
             yield FUSED_LOSS
+    te_attention = {entry.name for entry in by_field.get("te_attn", []) if entry.changes}
+    if any(has_wide_te_attention(around.by_name[name], around) for name in te_attention):
+        yield TE_IN_FLOAT32
     yield from _without_modules(backend, around)
 
 

@@ -24,7 +24,7 @@ class SwapReport:
         >>> model = nn.Sequential(nn.RMSNorm(16, eps=1e-6))
         >>> report = apply(backend_plan(model, BackendConfig(rms_norm="torch_fp32")))
         >>> report.num_swaps
-        0
+        1
     """
 
     entries: tuple[ModuleSwap, ...]

@@ -9,6 +9,7 @@ import attrs
 
 from automodel_fn.convert._around import Around
 from automodel_fn.convert._entries import KEEP, SKIP, SWAP, ModuleSwap
+from automodel_fn.convert._head_sizes import unfit_for_flex
 from automodel_fn.convert._overlay import names_in
 from automodel_fn.convert._parts import Part, is_experts
 
@@ -92,7 +93,7 @@ def _attention_refusal(part: Part, around: Around, asked: str) -> str:
     owner = next(owners, None)
     if asked in supports and owner is not None and not getattr(owner.own, supports[asked]):
         return f"{owner.class_name} of transformers does not support {asked}"
-    return ""
+    return unfit_for_flex(part.module) if asked == "flex" and around.has_gpu else ""
 
 
 def _experts_refusal(part: Part, around: Around, asked: str) -> str:

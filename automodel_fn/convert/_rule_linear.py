@@ -24,7 +24,7 @@ def _refusal(part: Part, around: Around) -> str:
     if "parametrizations" in module._modules:
         return "its parameters are parametrized"
     weight = module.weight
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if not weight.is_floating_point() or weight.dtype.itemsize not in (2, 4):
         return f"its weight is stored in {str(weight.dtype).removeprefix('torch.')}"
     return unfit_for_fp8(module) if around.asked["te_fp8"] != "none" else ""
 

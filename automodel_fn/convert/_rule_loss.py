@@ -12,6 +12,7 @@ from automodel_fn.convert._logits_trial import scales_logits_only
 from automodel_fn.convert._overlay import names_in, uses_super
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule, common_refusal
+from automodel_fn.nn._lm_head import LMHead
 
 _CAUSAL = "ForCausalLMLoss"
 
@@ -66,7 +67,7 @@ def _takes_return_dict(cls: type[nn.Module]) -> bool:
 
 
 def _of_head(head: Part) -> str:
-    if head.own.forward is not nn.Linear.forward:
+    if head.own.forward not in (nn.Linear.forward, LMHead.forward):
         return f"its head is a {head.class_name}, and no plain Linear"
     return ""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from automodel_fn.convert._around import Around
-from automodel_fn.convert._norm_conventions import norm_convention
+from automodel_fn.convert._gated_norms import gated_convention, is_norm_first, other_activation
+from automodel_fn.convert._norm_conventions import EPS_NAMES, has_weight, norm_convention
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule
+from automodel_fn.dtypes import dtype_name
 from automodel_fn.nn._rms_norm import Float32RMSNorm
 
 
@@ -19,19 +23,58 @@ def _is_norm(part: Part, around: Around) -> bool:
 
 
 def _is_shaped_as_one(part: Part) -> bool:
-    named: dict[str, Any] = dict(part.module._parameters)
-    if set(named) != {"weight"} or named["weight"] is None or named["weight"].dim() != 1:
+    """Whether it has a weight at most, and computes what a norm does, whatever its name."""
+    module, named = part.module, dict[str, Any](part.module._parameters)
+    if module._buffers or not any(name in vars(module) for name in EPS_NAMES):
         return False
-    return not part.module._buffers and norm_convention(part.own) is not None
+    if any(
+        name != "weight" or (each is not None and each.dim() != 1) for name, each in named.items()
+    ):
+        return False
+    return norm_convention(part.own, has_weight(module)) is not None
 
 
 def _refusal(part: Part, around: Around) -> str:
-    convention = norm_convention(part.own)
-    if convention is None:
-        return "tried on a few values, its forward is none of the RMSNorms that are known here"
-    weight: Any = part.module._parameters.get("weight")
-    if weight is None:
+    module: Any = part.module
+    convention = norm_convention(part.own, has_weight(module))
+    if convention is None and norm_convention(part.own) is not None:
         return "it has no parameter named weight"
+    if convention is None:
+        return _gated_refusal(part, around)
+    # A dummy, as Falcon Mamba has, is none.
+    is_weighted = has_weight(module) and convention.multiply != "none"
+    if is_weighted and module._parameters.get("weight") is None:
+        return "it has no parameter named weight"
+    if getattr(module, "group_size", None) is not None:
+        return f"it norms groups of {module.group_size}"
+    if isinstance(module, nn.RMSNorm):
+        if len(module.normalized_shape) != 1:
+            return f"it norms over {len(module.normalized_shape)} dimensions"
+        if module.eps is None:
+            return "its eps is None: another one for each dtype"
+    return _te_refusal(module, is_weighted) if around.asked["rms_norm"] == "te" else ""
+
+
+def _gated_refusal(part: Part, around: Around) -> str:
+    if gated_convention(part.own, is_norm_first(part.module)) is None:
+        return "tried on a few values, its forward is none of the RMSNorms that are known here"
+    if around.asked["rms_norm"] == "te":
+        return "Transformer Engine has no RMSNorm with a gate"
+    activation = other_activation(part.module)
+    return (
+        f"its gate goes through {activation}, and neither through silu nor sigmoid"
+        if activation
+        else ""
+    )
+
+
+def _te_refusal(module: Any, is_weighted: bool) -> str:
+    if not is_weighted:
+        return "Transformer Engine has no RMSNorm without a weight"
+    if isinstance(module, nn.RMSNorm):
+        return "it is PyTorch's own; build.rms_norm(..., backend='te') makes one that is not"
+    if module.weight.dtype.itemsize > 4:
+        return f"its weight is stored in {dtype_name(module.weight.dtype)}"
     return ""
 
 

@@ -11,6 +11,7 @@ from automodel_fn.convert._mlps import SWIGLU_RULE
 from automodel_fn.convert._ropes import ROPE_RULE
 from automodel_fn.convert._rule_configs import ATTENTION, EXPERTS, ConfigRule
 from automodel_fn.convert._rule_gates import FAKE_GATE_RULE, GATE_PRECISION_RULE
+from automodel_fn.convert._rule_head import HEAD_RULE
 from automodel_fn.convert._rule_linear import LINEAR_RULE
 from automodel_fn.convert._rule_loss import LOSS_RULE
 from automodel_fn.convert._rule_norm import RMS_NORM_RULE
@@ -28,6 +29,7 @@ MODULE_RULES: Mapping[str, Rule] = {
         GROUPED_EXPERTS_RULE,
         GATE_PRECISION_RULE,
         FAKE_GATE_RULE,
+        HEAD_RULE,
         LOSS_RULE,
         COMPILE_ATTN_RULE,
         TE_FP8_RULE,

@@ -80,7 +80,7 @@ class Rule:
 def common_refusal(part: Part) -> str:
     """Why nothing can be made of a module, whatever the field; or ""."""
     if is_covered(type(part.module)):
-        return "its class was made over one that was made here; take that back first (fully_shard)"
+        return "somebody else has made a class over one that was made here; take that back first"
     if "forward" in vars(part.module):
         return "its forward was replaced on the module itself, and would hide any other"
     return ""

@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 from torch import nn
 
+from automodel_fn.convert._covers import uncovered
+
 SETTINGS = "automodel_fn_settings"
 OWN = "automodel_fn_own_class"
 ADDED = "_automodel_fn_added"
@@ -32,7 +34,7 @@ class Behaviour:
     Args:
         namespace: What the subclass of a class has, for a choice.
         bases: The classes that it has before that class.
-        state: The attributes that a module needs for it.
+        state: The attributes that a module needs for it; those that it has already stay.
     """
 
     namespace: Callable[[type[Any], str], Namespace]
@@ -53,15 +55,17 @@ def settings_of(module: nn.Module) -> dict[str, str]:
 
 
 def own_class(cls: type[Any]) -> type[Any]:
-    """The class without what was made of it here; another class is its own.
+    """The class without what was made of it here, or by FSDP2; another class is its own.
 
     Example:
         >>> own_class(nn.Linear) is nn.Linear
         True
     """
-    return getattr(cls, OWN, cls)
+    inner = uncovered(cls)
+    return getattr(inner, OWN, inner)
 
 
 def is_covered(cls: type[Any]) -> bool:
-    """Whether somebody else has made a class over a variant, as FSDP2's `fully_shard` does."""
-    return hasattr(cls, SETTINGS) and SETTINGS not in vars(cls)
+    """Whether somebody other than FSDP2 has made a class over a variant."""
+    inner = uncovered(cls)
+    return hasattr(inner, SETTINGS) and SETTINGS not in vars(inner)

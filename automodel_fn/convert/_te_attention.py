@@ -14,23 +14,18 @@ from torch import Tensor, nn
 
 from automodel_fn.convert._around import Around
 from automodel_fn.convert._compiled import is_attention
+from automodel_fn.convert._head_sizes import unfit_for_te
 from automodel_fn.convert._overlay import names_in, with_globals
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule
 from automodel_fn.convert._settings import Behaviour, Namespace
 from automodel_fn.errors import ConfigError
+from automodel_fn.te._attention import Cores, te_core
 from automodel_fn.te._load import load_te_module
 
 _CORES = "te_cores"
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _NOT_TAKEN = ("s_aux", "softcap", "position_bias")
-
-
-class _Cores(dict[Any, Any]):
-    """The modules made so far, by sizes; a copy or pickle has none."""
-
-    def __reduce__(self) -> tuple[type[_Cores], tuple[()]]:
-        return _Cores, ()
 
 
 class _Registry:
@@ -84,27 +79,17 @@ def te_attention(
     else:
         is_seen = attention_mask.dtype == torch.bool
         hidden = ~attention_mask if is_seen else attention_mask < 0
-    core = _core(module, q, k, v, dropout, scaling)
+    core = te_core(
+        vars(module)[_CORES],
+        q,
+        k,
+        v,
+        dropout=dropout,
+        scale=scaling,
+        is_training=module.training,
+    )
     found = core(q, k, v, attention_mask=hidden, attn_mask_type=kind, qkv_format="bshd")
     return found.view(*q.shape[:3], v.shape[-1]), None
-
-
-def _core(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None
-) -> Any:
-    """The module's own `DotProductAttention` for these sizes, which is no submodule of it."""
-    sizes = (q.shape[2], k.shape[2], q.shape[-1], v.shape[-1], dropout, scaling)
-    cores: dict[Any, Any] = vars(module)[_CORES]
-    if sizes not in cores:
-        cores[sizes] = load_te_module().DotProductAttention(
-            num_attention_heads=q.shape[2],
-            kv_channels=(q.shape[-1], v.shape[-1]),
-            num_gqa_groups=k.shape[2],
-            attention_dropout=dropout,
-            qkv_format="bshd",
-            softmax_scale=scaling,
-        )
-    return cores[sizes].train(module.training)
 
 
 def _namespace(below: type[Any], choice: str) -> Namespace:
@@ -113,7 +98,7 @@ def _namespace(below: type[Any], choice: str) -> Namespace:
 
 
 def _state(module: nn.Module, choice: str) -> Mapping[str, Any]:
-    return {_CORES: _Cores()}
+    return {_CORES: Cores()}
 
 
 def _refusal(part: Part, around: Around) -> str:
@@ -125,7 +110,7 @@ def _refusal(part: Part, around: Around) -> str:
     owner: Any = next(owners, None)
     if owner is not None and not owner.own._supports_sdpa:
         return f"{owner.class_name} of transformers does not support sdpa, whose masks it takes"
-    return ""
+    return unfit_for_te(part.module)
 
 
 TE_ATTENTION = Behaviour(_namespace, state=_state)

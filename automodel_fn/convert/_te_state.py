@@ -15,14 +15,3 @@ NO_EXTRA_STATE: Mapping[str, Any] = MappingProxyType(
     }
 )
 """For a class: no `_extra_state` in state dicts, which then have the keys of the own class."""
-
-
-def state_of(made: nn.Module, *, beside: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that another one, of another class, does not have.
-
-    Args:
-        made: A new module of Transformer Engine, with parameters on meta, which are not taken.
-        beside: The module that is to get the attributes.
-    """
-    has = vars(beside)
-    return {name: value for name, value in vars(made).items() if name not in has}

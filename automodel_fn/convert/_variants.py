@@ -15,6 +15,7 @@ from automodel_fn.convert._compiled import COMPILE_ATTN
 from automodel_fn.convert._experts import GROUPED_EXPERTS
 from automodel_fn.convert._fp8_blocks import TE_FP8
 from automodel_fn.convert._gates import FAKE_GATE, GATE_PRECISION
+from automodel_fn.convert._heads import HEAD_PRECISION
 from automodel_fn.convert._linears import LINEAR
 from automodel_fn.convert._losses import LOSS
 from automodel_fn.convert._mlps import SWIGLU
@@ -32,6 +33,7 @@ BEHAVIOURS: Mapping[str, Behaviour] = {
     "grouped_experts": GROUPED_EXPERTS,
     "gate_precision": GATE_PRECISION,
     "fake_balanced_gate": FAKE_GATE,
+    "lm_head_precision": HEAD_PRECISION,
     "loss": LOSS,
     "compile_attn": COMPILE_ATTN,
     "te_fp8": TE_FP8,

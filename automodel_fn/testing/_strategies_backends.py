@@ -11,7 +11,7 @@ from automodel_fn.backend._availability import Availability, Device, Package
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.backend._fp8 import RECIPES
 from automodel_fn.backend._needs import PACKAGES
-from automodel_fn.backend._rules import CHOICES
+from automodel_fn.backend._rules import CHOICES, HEAD_PRECISIONS
 from automodel_fn.errors import ConfigError
 
 _VERSIONS = (None, "0.9", "1.13.0", "2.2", "2.3.0.dev0", "2.8.0+cu12", "2.20.2", "unknown")
@@ -27,6 +27,7 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "enable_hf_state_dict_adapter": st.booleans(),
     "enable_fsdp_optimizations": st.booleans(),
     "te_fp8": st.sampled_from((None, *RECIPES)),
+    "lm_head_precision": st.sampled_from((None, *HEAD_PRECISIONS)),
     "gate_precision": st.sampled_from((None, torch.float32, torch.bfloat16)),
     "compile_attn": st.booleans(),
 }
@@ -56,7 +57,7 @@ def cpu_backends() -> st.SearchStrategy[BackendConfig]:
         "linear": st.sampled_from(("auto", "torch")),
         "rms_norm": st.sampled_from(("torch_fp32", "torch")),
         **{name: _FIELDS[name] for name in ("rope_fusion", "swiglu", "loss")},
-        **{name: _FIELDS[name] for name in ("gate_precision", "compile_attn")},
+        **{name: _FIELDS[name] for name in ("lm_head_precision", "gate_precision", "compile_attn")},
         **{name: _FIELDS[name] for name in ("fake_balanced_gate", "fake_gate_noise")},
     }
     return st.fixed_dictionaries({}, optional=fields).map(_config)

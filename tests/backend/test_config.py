@@ -319,3 +319,20 @@ def test_every_field_has_a_check():
     for name, value in values_of(BackendConfig()).items():
         assert complaint(name, value) == ""
         assert complaint(name, object()) != ""
+
+
+@pytest.mark.parametrize("value", [None, "fp32", "bf16x3", "bf16"])
+def test_a_head_has_a_precision_or_none_and_it_survives_json(value):
+    config = BackendConfig(lm_head_precision=value)
+
+    assert BackendConfig.from_json(config.to_json()) == config
+    assert BackendConfig().lm_head_precision is None
+
+
+def test_another_precision_of_the_head_is_refused_with_the_nearest():
+    (line,) = refused(lm_head_precision="bf16x2")
+
+    assert line.strip() == (
+        "lm_head_precision='bf16x2' must be None or one of 'fp32', 'bf16x3', 'bf16'; "
+        "did you mean 'bf16x3'?"
+    )

@@ -276,3 +276,18 @@ def test_a_recipe_object_is_judged_by_what_it_says_it_is(hopper, kind, can_run):
     else:
         (line,) = refused(config, hopper)
         assert line.startswith(f"te_fp8={kind!r}: the GPU has compute capability 9.0")
+
+
+def test_without_a_gpu_the_parts_of_a_head_are_float32(cpu, hopper):
+    asked = BackendConfig(lm_head_precision="bf16x3")
+
+    reasons = [resolve(asked, each).field("lm_head_precision").reason for each in (cpu, hopper)]
+    assert reasons == ["as asked; without a GPU it multiplies in float32", "as asked"]
+
+
+@pytest.mark.parametrize(("world_size", "num_notes"), [(1, 1), (2, 0)])
+def test_one_rank_has_no_gradients_to_hold_back(cpu, world_size, num_notes):
+    asked = BackendConfig(enable_fsdp_optimizations=True)
+    found = resolve(asked, attrs.evolve(cpu, world_size=world_size))
+
+    assert len([note for note in found.notes if "hold back" in note]) == num_notes

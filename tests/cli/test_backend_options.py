@@ -26,7 +26,7 @@ def test_nothing_asked_is_no_backend():
 
 
 def test_fields_stand_over_the_file(file):
-    found = asked_backend(file, ("sdpa", None, None, "false", None, None, None, None))
+    found = asked_backend(file, ("sdpa", None, None, "false", *(None,) * 5))
 
     assert found == BackendConfig(attn="sdpa", rms_norm="torch_fp32", rope_fusion=False)
 

@@ -1,4 +1,5 @@
 import sys
+import types
 from pathlib import Path
 
 import attrs
@@ -6,6 +7,7 @@ import pytest
 
 from automodel_fn import backend_plan
 from automodel_fn.backend import Availability, Device, Package
+from automodel_fn.convert import _variants
 
 # With --import-mode=importlib a test folder is not on the path; the families' file lies in it.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,3 +77,35 @@ def planned(machine):
         )
 
     return plan
+
+
+@pytest.fixture
+def autocasts(classes, monkeypatch):
+    """Transformer Engine's autocast, which writes down when it is entered and left."""
+    entered = []
+
+    class Autocast:
+        def __init__(self, enabled, recipe):
+            self.recipe = recipe
+
+        def __enter__(self):
+            entered.append(self.recipe)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    quantization = types.ModuleType("transformer_engine.pytorch.quantization")
+    quantization.autocast = Autocast
+    recipes = types.ModuleType("transformer_engine.common.recipe")
+    recipes.Float8CurrentScaling = lambda: "current"
+    package = sys.modules["transformer_engine"]
+    monkeypatch.setattr(package, "__version__", "2.20.2", raising=False)
+    monkeypatch.setitem(sys.modules, quantization.__name__, quantization)
+    monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("common"))
+    monkeypatch.setitem(sys.modules, recipes.__name__, recipes)
+    usable = types.SimpleNamespace(can_run=True, reason="can run")
+    monkeypatch.setattr(Availability, "verdict", lambda *_: usable)
+    # A class that was made in another test enters that test's autocast.
+    _variants._made.cache_clear()
+    yield entered
+    _variants._made.cache_clear()

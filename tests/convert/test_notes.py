@@ -1,14 +1,10 @@
-import types
-
 import attrs
 import pytest
 from convert_families import OWN, small_model
 
 from automodel_fn import (
     BackendConfig,
-    ConfigError,
     Resolution,
-    TEFp8Config,
     apply,
     backend_plan,
     resolve,
@@ -89,11 +85,3 @@ def test_a_dispatcher_that_was_asked_for_is_a_note(llama, gpu):
     assert about(
         backend_plan(llama, Resolution(backend, fields=())), "dispatcher=deepep has nothing to act"
     )
-
-
-def test_a_recipe_object_has_no_place_in_a_plan(llama, gpu):
-    recipe = TEFp8Config(types.SimpleNamespace(delayed=lambda: True))
-    backend = attrs.evolve(OWN, linear="te", te_fp8=recipe)
-
-    with pytest.raises(ConfigError, match="te_fp8=SimpleNamespace is a recipe object"):
-        backend_plan(llama, Resolution(backend, fields=()))

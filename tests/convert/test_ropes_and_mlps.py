@@ -7,7 +7,7 @@ from torch import nn
 
 from automodel_fn import apply, backend_plan
 from automodel_fn.convert._overlay import Overlay, with_globals
-from automodel_fn.convert._ropes import rotary_convention
+from automodel_fn.convert._rotary_conventions import rotary_convention
 
 FUSED = attrs.evolve(OWN, rope_fusion=True, swiglu="fused", experts="torch_mm")
 

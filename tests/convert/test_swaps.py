@@ -210,4 +210,4 @@ def test_a_class_that_was_made_over_a_swapped_one_is_left_alone(llama):
     found = [each for each in backend_plan(llama, OWN).entries if "model.norm" in each.names]
 
     assert found[0].action == "skip"
-    assert "fully_shard" in found[0].reason
+    assert found[0].reason.startswith("somebody else has made a class over one")

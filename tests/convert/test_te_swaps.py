@@ -1,7 +1,6 @@
 import copy
 import pickle
 import sys
-import types
 
 import attrs
 import pytest
@@ -11,8 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from automodel_fn import apply, backend_plan, step_context
-from automodel_fn.backend import Availability
-from automodel_fn.convert import _variants
 
 TE = attrs.evolve(OWN, linear="te")
 pytestmark = pytest.mark.usefixtures("classes")
@@ -21,38 +18,6 @@ pytestmark = pytest.mark.usefixtures("classes")
 @pytest.fixture
 def llama():
     return small_model("llama")
-
-
-@pytest.fixture
-def autocasts(classes, monkeypatch):
-    """Transformer Engine's autocast, which writes down when it is entered and left."""
-    entered = []
-
-    class Autocast:
-        def __init__(self, enabled, recipe):
-            self.recipe = recipe
-
-        def __enter__(self):
-            entered.append(self.recipe)
-
-        def __exit__(self, *_):
-            entered.append("left")
-
-    quantization = types.ModuleType("transformer_engine.pytorch.quantization")
-    quantization.autocast = Autocast
-    recipes = types.ModuleType("transformer_engine.common.recipe")
-    recipes.Float8CurrentScaling = lambda: "current"
-    package = sys.modules["transformer_engine"]
-    monkeypatch.setattr(package, "__version__", "2.20.2", raising=False)
-    monkeypatch.setitem(sys.modules, quantization.__name__, quantization)
-    monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("common"))
-    monkeypatch.setitem(sys.modules, recipes.__name__, recipes)
-    usable = types.SimpleNamespace(can_run=True, reason="can run")
-    monkeypatch.setattr(Availability, "verdict", lambda *_: usable)
-    # A class that was made in another test enters that test's autocast.
-    _variants._made.cache_clear()
-    yield entered
-    _variants._made.cache_clear()
 
 
 def actions(plan, field):

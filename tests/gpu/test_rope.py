@@ -160,3 +160,19 @@ def test_float64_is_computed_by_torch_in_float64():
 
     assert rope_kernel(*on_gpu(q, k)).reason == "q is torch.float64"
     assert same(found, apply_rope(q, k, tables.cos, tables.sin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_are_turned_without_keys(dtype):
+    q, _ = made("bshd", 128, dtype, "cuda")
+    q = q.requires_grad_()
+    nothing = q.detach().narrow(2, 0, 0)
+    tables = rope_tables(RopeConfig(1e4), 128, P, device="cuda")
+    found, empty = apply_rope(q, nothing, tables.cos, tables.sin)
+    expected, _ = apply_rope(q, q.detach(), tables.cos, tables.sin)
+
+    assert empty.shape == nothing.shape
+    assert same([found], [expected])
+    weights = torch.randn_like(found)
+    (ours,), (theirs,) = (torch.autograd.grad(each, q, weights) for each in (found, expected))
+    assert same([ours], [theirs])

@@ -1,3 +1,5 @@
+import copy
+
 import attrs
 import pytest
 import torch
@@ -8,6 +10,8 @@ from automodel_fn import BackendConfig, apply, backend_plan, step_context
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    # Compilers, flex attention and Transformer Engine warn of what they and their like do.
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 OWN = BackendConfig(
@@ -46,6 +50,12 @@ def loss_and_gradients(model):
 
 
 def assert_alike(model, backend, tolerance):
+    """In float32, near what the own model computes.
+
+    In bf16 no further from its float32 than twice what the own one is: a rounding may send a token
+    to another expert.
+    """
+    exact_loss, exact = loss_and_gradients(copy.deepcopy(model).float())
     expected, gradients = loss_and_gradients(model)
     keys = list(model.state_dict())
     report = apply(backend_plan(model, backend))
@@ -53,10 +63,10 @@ def assert_alike(model, backend, tolerance):
     found, ours = loss_and_gradients(model)
 
     assert list(model.state_dict()) == keys
-    assert abs(found - expected) < tolerance * abs(expected)
-    for name, gradient in gradients.items():
-        error = (ours[name].float() - gradient.float()).norm()
-        assert error < tolerance * gradient.float().norm() + 1e-5, name
+    assert abs(found - exact_loss) < tolerance * abs(exact_loss)
+    for name, gradient in exact.items():
+        error, own_error = ((each[name].float() - gradient).norm() for each in (ours, gradients))
+        assert error < 2 * own_error + tolerance / 10 * gradient.norm() + 1e-5, name
     report.undo()
     again, _ = loss_and_gradients(model)
     assert abs(again - expected) < 1e-3 * abs(expected)
@@ -95,3 +105,25 @@ def test_in_fp8_the_loss_is_near_and_so_it_is_with_recomputes_and_kept_weights()
         for name, gradient in gradients.items():
             error = (recomputed[name].float() - gradient.float()).norm()
             assert error < 2e-2 * gradient.float().norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("loss", ["torch", "fused"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16x3"])
+def test_a_head_in_a_precision_gives_the_loss_of_float32_products(precision, loss):
+    model = model_of("Llama", torch.bfloat16)
+    model.lm_head.float()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(0, 512, (2, 64), device="cuda", generator=generator)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids)[0].double()
+        logits = hidden @ model.lm_head.weight.double().T
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    report = apply(backend_plan(model, attrs.evolve(OWN, lm_head_precision=precision, loss=loss)))
+    for _ in range(2):
+        found = model(input_ids=ids, labels=ids).loss
+        found.backward()
+        assert abs(found.double() - expected) < 1e-5 * expected
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    report.undo()
+    assert type(model.lm_head) is torch.nn.Linear

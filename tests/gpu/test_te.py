@@ -394,3 +394,23 @@ def test_a_built_linear_is_copied_as_itself_and_has_the_keys_of_its_class(classe
     plain = classes.linear(IN, OUT, params_dtype=torch.bfloat16)
     assert list(module.state_dict()) == list(plain.state_dict())
     assert same(other(example("linear")), module(example("linear")))
+
+
+@pytest.mark.usefixtures("classes")
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_built_attention_computes_what_the_written_out_one_does(is_causal, scale):
+    options = {"is_causal": is_causal, "scale": scale}
+    heads = [torch.randn(2, 64, count, 64, device="cuda") for count in (8, 2, 2)]
+    weights = torch.randn(2, 64, 8, 64, device="cuda")
+
+    def numbers(backend, dtype):
+        given = [each.to(dtype).requires_grad_() for each in heads]
+        found = build.attention(backend=backend, **options)(*given)
+        return [found, *torch.autograd.grad(found, given, weights.to(dtype))]
+
+    for found, expected in zip(
+        numbers("te", torch.bfloat16), numbers("eager", torch.float64), strict=True
+    ):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).norm() < 1e-2 * expected.norm()
