@@ -15,6 +15,7 @@ from automodel_fn.convert._rules import Rule
 from automodel_fn.convert._settings import Behaviour, Namespace, own_class
 from automodel_fn.ops._recomputed import recomputed_swiglu
 from automodel_fn.ops._swiglu import swiglu
+from automodel_fn.ops._swiglu_packed import swiglu_packed
 
 _SPLIT = {"gate_proj", "up_proj", "down_proj"}
 _PACKED = {"gate_up_proj", "down_proj"}
@@ -39,8 +40,7 @@ def _namespace(below: type[Any], choice: str) -> Namespace:
 
 
 def _gated(self: Any, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return swiglu(gate, up)
+    return swiglu_packed(gate_up)
 
 
 def _is_mlp(part: Part, around: Around) -> bool:
