@@ -31,7 +31,8 @@ def complaint(name: str, value: Any) -> str:
     if name in _BOOLS:
         return "" if isinstance(value, bool) else "must be True or False"
     return {
-        "rope_fusion": _no_rope_fusion,
+        "rope_fusion": _no_switch,
+        "async_masks": _no_switch,
         "dispatcher_num_sms": _no_count,
         "enable_deepep": _no_deepep,
         "fake_gate_noise": _no_noise,
@@ -49,7 +50,7 @@ def _no_choice(value: Any, allowed: tuple[str, ...]) -> str:
     return f"must be one of {', '.join(map(repr, allowed))}{hint}"
 
 
-def _no_rope_fusion(value: Any) -> str:
+def _no_switch(value: Any) -> str:
     fits = isinstance(value, bool) or (isinstance(value, str) and value == AUTO)
     return "" if fits else "must be True, False or 'auto'"
 

@@ -19,6 +19,7 @@ from automodel_fn.backend._rules import (
     HeadPrecision,
     Linear,
     Norm,
+    Swiglu,
     contradictions,
     value_text,
 )
@@ -48,7 +49,11 @@ class BackendConfig:
         rope_fusion: Whether rotary embeddings are applied by one kernel: "auto", True or False. It
             computes in float32 and rounds once, while Hugging Face rounds every product, so
             log-probabilities in bf16 differ slightly between the two.
-        swiglu: `silu(gate) * up` in MLPs and experts: "auto", "torch" or "fused" (one kernel).
+        async_masks: Whether causal masks are made without the host waiting for the device: "auto",
+            True or False. transformers looks in each forward whether position ids start anew, as
+            those of packed sequences do; where none are given they do not.
+        swiglu: `silu(gate) * up` in MLPs and experts: "auto", "torch", "fused" (one kernel) or
+            "recomputed" (that, and again in the backward, for which MLPs then keep less memory).
         loss: The loss behind the model's own `labels=`: "auto", "torch" or "fused", which makes no
             logits: in training they are None in the output.
         lm_head_precision: The products of the head, whose logits are then float32: "fp32", "bf16x3"
@@ -94,7 +99,8 @@ did you mean 'sdpa'?
     linear: Linear = "auto"
     rms_norm: Norm = "torch_fp32"
     rope_fusion: bool | Literal["auto"] = "auto"
-    swiglu: Fused = "auto"
+    async_masks: bool | Literal["auto"] = "auto"
+    swiglu: Swiglu = "auto"
     loss: Fused = "auto"
     lm_head_precision: HeadPrecision | None = None
     experts: Experts = "auto"

@@ -107,9 +107,9 @@ def resolve(config: BackendConfig, availability: Availability) -> Resolution:
 
     What is asked for by name is what runs, or an error: never another backend. "auto" takes the
     first that can run of: te, sdpa for `attn`; te, torch for `linear`; True, False for
-    `rope_fusion`; fused, torch for `swiglu` and `loss`; deepep, uccl_ep, torch for `dispatcher`;
-    torch_mm, torch for `experts`, and te where FP8 would otherwise have nothing to act on. Choices
-    are made so that they go together.
+    `rope_fusion` and `async_masks`; fused, torch for `swiglu` and `loss`; deepep, uccl_ep, torch
+    for `dispatcher`; torch_mm, torch for `experts`, and te where FP8 would otherwise have nothing
+    to act on. Choices are made so that they go together.
 
     Args:
         config: What is asked for; it is not changed.
@@ -197,7 +197,7 @@ def _missing(asked: Values, found: Availability) -> Iterator[str]:
 def _others(name: str) -> tuple[Any, ...]:
     if name == "te_fp8":
         return (*map(TEFp8Config, RECIPES), None)
-    if name == "rope_fusion":
+    if name in ("rope_fusion", "async_masks"):
         return (True, False)
     return tuple(value for value in CHOICES[name] if value != AUTO)
 

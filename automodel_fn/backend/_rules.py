@@ -14,6 +14,7 @@ AUTO = "auto"
 Attention = Literal["auto", "te", "sdpa", "flex", "eager", "tilelang"]
 Linear = Literal["auto", "torch", "te"]
 Norm = Literal["torch", "torch_fp32", "te"]
+Swiglu = Literal["auto", "torch", "fused", "recomputed"]
 Fused = Literal["auto", "torch", "fused"]
 HeadPrecision = Literal["fp32", "bf16x3", "bf16"]
 Experts = Literal["auto", "torch", "te", "gmm", "torch_mm", "torch_mm_mxfp8"]
@@ -27,13 +28,14 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "rms_norm": get_args(Norm),
     "experts": get_args(Experts),
     "dispatcher": get_args(Dispatcher),
-    "swiglu": get_args(Fused),
+    "swiglu": get_args(Swiglu),
     "loss": get_args(Fused),
 }
 PREFERRED: Mapping[str, tuple[Any, ...]] = {
     "attn": ("te", "sdpa"),
     "linear": ("te", "torch"),
     "rope_fusion": (True, False),
+    "async_masks": (True, False),
     "swiglu": ("fused", "torch"),
     "loss": ("fused", "torch"),
     "dispatcher": ("deepep", "uccl_ep", "torch"),
@@ -47,6 +49,7 @@ RUNNABLE = (
     "linear",
     "rms_norm",
     "rope_fusion",
+    "async_masks",
     "swiglu",
     "loss",
     "experts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -62,12 +63,16 @@ class Training:
         """Make one step, and give the loss of each microbatch."""
         first = index * self.num_microbatches
         batches = self.batches[first : first + self.num_microbatches]
+        # Of all labels of the step, as transformers' Trainer counts them: losses add up to a mean.
+        num_items = sum(tokens.numel() - len(tokens) for tokens in batches)
         losses: list[Tensor] = []
         for step, tokens in accumulate(batches, self.num_microbatches):
             with self.way.scope(step):
-                out: Any = self.model(input_ids=tokens, labels=tokens, use_cache=False)
-                (out.loss / self.num_microbatches).backward()
-            losses.append(out.loss.detach())
+                out: Any = self.model(
+                    input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=num_items
+                )
+                out.loss.backward()
+            losses.append(out.loss.detach() * self.num_microbatches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return losses
@@ -148,7 +153,7 @@ def _losses(training: Training, case: Case) -> list[float]:
 
 
 def _timed(training: Training, case: Case) -> Mapping[str, float | None]:
-    """Steps after those of the losses, each timed by the host's clock until the device is done."""
+    """Steps after those of the losses, one after another, as in training."""
     timed, first = case.parameter("timed_steps"), case.parameter("loss_steps")
     if not timed:
         return {}
@@ -157,25 +162,39 @@ def _timed(training: Training, case: Case) -> Mapping[str, float | None]:
         training.step(index)
     gc.collect()
     if is_cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    took: list[float] = []
     returned: list[float] = []
+    ends: list[Any] = [_mark(case)]
     with gc_paused():
         for index in range(first + WARM_UP, first + WARM_UP + timed):
             start = time.perf_counter()
             training.step(index)
-            returned.append(time.perf_counter() - start)
-            if is_cuda:
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-    seconds = statistics.median(took)
+            returned.append((time.perf_counter() - start) * 1e3)
+            ends.append(_mark(case))
+    step_ms = statistics.median(_between(*pair) for pair in itertools.pairwise(ends))
     return {
-        "step_ms": seconds * 1e3,
-        "tokens_per_s": training.num_microbatches * case.parameter("tokens") / seconds,
+        "step_ms": step_ms,
+        "tokens_per_s": training.num_microbatches * case.parameter("tokens") / step_ms * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / _GIB if is_cuda else None,
-        "host_ms": statistics.median(returned) * 1e3 if is_cuda else None,
+        "host_ms": statistics.median(returned) if is_cuda else None,
     }
+
+
+def _mark(case: Case) -> Any:
+    """This moment of the device, or of the CPU, where nothing is left to be done after a call."""
+    if case.device != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
+
+
+def _between(start: Any, end: Any) -> float:
+    """Milliseconds."""
+    if isinstance(start, float):
+        return (end - start) * 1e3
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _free(case: Case) -> None:

@@ -53,6 +53,7 @@ def train(
     linear: options.Linear = None,
     rms_norm: options.RmsNorm = None,
     rope_fusion: options.RopeFusion = None,
+    async_masks: options.AsyncMasks = None,
     swiglu: options.Swiglu = None,
     loss: options.Loss = None,
     lm_head_precision: options.HeadPrecision = None,
@@ -73,7 +74,8 @@ def train(
     from automodel_fn.cli._backends import asked_backend
     from automodel_fn.cli._settings import TrainSettings
 
-    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, lm_head_precision, experts, fp8)
+    fields = (attn, linear, rms_norm, rope_fusion, async_masks, swiglu)
+    fields += (loss, lm_head_precision, experts, fp8)
     settings = TrainSettings(
         model=model,
         data=tuple(data or ()),
@@ -104,6 +106,7 @@ def plan(
     linear: options.Linear = None,
     rms_norm: options.RmsNorm = None,
     rope_fusion: options.RopeFusion = None,
+    async_masks: options.AsyncMasks = None,
     swiglu: options.Swiglu = None,
     loss: options.Loss = None,
     lm_head_precision: options.HeadPrecision = None,
@@ -120,7 +123,8 @@ def plan(
     from automodel_fn.cli._display import Display, console
     from automodel_fn.cli._plan import make_plan, plans_json
 
-    fields = (attn, linear, rms_norm, rope_fusion, swiglu, loss, lm_head_precision, experts, fp8)
+    fields = (attn, linear, rms_norm, rope_fusion, async_masks, swiglu)
+    fields += (loss, lm_head_precision, experts, fp8)
     made, swaps = make_plan(
         model,
         dtype,

@@ -14,6 +14,7 @@ FIELDS = (
     "linear",
     "rms_norm",
     "rope_fusion",
+    "async_masks",
     "swiglu",
     "loss",
     "lm_head_precision",

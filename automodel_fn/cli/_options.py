@@ -95,7 +95,10 @@ RmsNorm = Annotated[str | None, _field("--rms-norm", "RMSNorms: torch, torch_fp3
 RopeFusion = Annotated[
     str | None, _field("--rope-fusion", "Rotary embeddings by one kernel: auto, true, false.")
 ]
-Swiglu = Annotated[str | None, _field("--swiglu", "SwiGLU: auto, torch, fused.")]
+AsyncMasks = Annotated[
+    str | None, _field("--async-masks", "Masks without waiting for the GPU: auto, true, false.")
+]
+Swiglu = Annotated[str | None, _field("--swiglu", "SwiGLU: auto, torch, fused, recomputed.")]
 Loss = Annotated[str | None, _field("--loss", "The loss: auto, torch, fused (no logits).")]
 HeadPrecision = Annotated[
     str | None,

@@ -13,7 +13,9 @@ from automodel_fn.convert._overlay import Overlay, is_close, names_in, probe_ten
 from automodel_fn.convert._parts import Part
 from automodel_fn.convert._rules import Rule
 from automodel_fn.convert._settings import Behaviour, Namespace, own_class
+from automodel_fn.ops._recomputed import recomputed_swiglu
 from automodel_fn.ops._swiglu import swiglu
+from automodel_fn.ops._swiglu_packed import swiglu_packed
 
 _SPLIT = {"gate_proj", "up_proj", "down_proj"}
 _PACKED = {"gate_up_proj", "down_proj"}
@@ -28,15 +30,17 @@ def _namespace(below: type[Any], choice: str) -> Namespace:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if is_split:
             gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-            return self.down_proj(swiglu(gate, up))
-        return self.down_proj(_gated(self, self.gate_up_proj(hidden_states)))
+        else:
+            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        if choice == "recomputed":
+            return recomputed_swiglu(self.down_proj, gate, up)
+        return self.down_proj(swiglu(gate, up))
 
     return {"forward": forward}
 
 
 def _gated(self: Any, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return swiglu(gate, up)
+    return swiglu_packed(gate_up)
 
 
 def _is_mlp(part: Part, around: Around) -> bool:
@@ -47,6 +51,8 @@ def _is_mlp(part: Part, around: Around) -> bool:
 
 
 def _refusal(part: Part, around: Around) -> str:
+    if around.asked["swiglu"] == "recomputed" and hasattr(part.own, "_apply_gate"):
+        return "experts keep what they multiply; swiglu='fused' is for them"
     return "" if _is_swiglu(part.module, part.own) else "it computes no silu(gate) * up"
 
 

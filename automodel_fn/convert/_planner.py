@@ -110,6 +110,7 @@ def asked_of(backend: BackendConfig) -> dict[str, str]:
         **by_config,
         _GROUPED: experts if experts in GROUPED else "none",
         "rope_fusion": str(backend.rope_fusion),
+        "async_masks": str(backend.async_masks),
         "swiglu": backend.swiglu,
         "loss": backend.loss,
         "lm_head_precision": backend.lm_head_precision or "none",

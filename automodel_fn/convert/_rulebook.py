@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from automodel_fn.convert._compiled import COMPILE_ATTN_RULE
 from automodel_fn.convert._experts import GROUPED_EXPERTS_RULE
 from automodel_fn.convert._fp8_blocks import TE_FP8_RULE
+from automodel_fn.convert._masks import ASYNC_MASKS_RULE
 from automodel_fn.convert._mlps import SWIGLU_RULE
 from automodel_fn.convert._ropes import ROPE_RULE
 from automodel_fn.convert._rule_configs import ATTENTION, EXPERTS, ConfigRule
@@ -25,6 +26,7 @@ MODULE_RULES: Mapping[str, Rule] = {
         RMS_NORM_RULE,
         ROPE_RULE,
         TE_ATTENTION_RULE,
+        ASYNC_MASKS_RULE,
         SWIGLU_RULE,
         GROUPED_EXPERTS_RULE,
         GATE_PRECISION_RULE,

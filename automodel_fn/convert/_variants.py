@@ -18,6 +18,7 @@ from automodel_fn.convert._gates import FAKE_GATE, GATE_PRECISION
 from automodel_fn.convert._heads import HEAD_PRECISION
 from automodel_fn.convert._linears import LINEAR
 from automodel_fn.convert._losses import LOSS
+from automodel_fn.convert._masks import ASYNC_MASKS
 from automodel_fn.convert._mlps import SWIGLU
 from automodel_fn.convert._norms import RMS_NORM
 from automodel_fn.convert._ropes import ROPE
@@ -29,6 +30,7 @@ BEHAVIOURS: Mapping[str, Behaviour] = {
     "rms_norm": RMS_NORM,
     "rope_fusion": ROPE,
     "te_attn": TE_ATTENTION,
+    "async_masks": ASYNC_MASKS,
     "swiglu": SWIGLU,
     "grouped_experts": GROUPED_EXPERTS,
     "gate_precision": GATE_PRECISION,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automodel_fn.ops._experts import PRODUCT, OneByOne, Product, Stacked, through_experts
-from automodel_fn.ops._swiglu import swiglu
+from automodel_fn.ops._swiglu_packed import swiglu_packed
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -136,10 +136,5 @@ class Experts(nn.Module):
             Stacked(self.down_proj, name="down_proj"),
         )
         return through_experts(
-            x, experts, weights, product=vars(self)[PRODUCT], layers=layers, gate=_gated
+            x, experts, weights, product=vars(self)[PRODUCT], layers=layers, gate=swiglu_packed
         )
-
-
-def _gated(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return swiglu(gate, up)

@@ -49,6 +49,8 @@ def _backward_kernel(
     dy_stride,
     gate_stride,
     up_stride,
+    dgate_stride,
+    dup_stride,
     num_columns,
     num_blocks,
     BLOCK: tl.constexpr,
@@ -61,11 +63,12 @@ def _backward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + _exp(-gate))
-    place = row * num_columns + columns
     dup = dy * gate * sigmoid
-    tl.store(dup_ptr + place, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    dup = dup.to(dup_ptr.dtype.element_ty)
+    tl.store(dup_ptr + row * dup_stride + columns, dup, mask=mask)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(dgate_ptr + place, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    dgate = dgate.to(dgate_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + row * dgate_stride + columns, dgate, mask=mask)
 
 
 _launch_forward = Launcher(_forward_kernel)
@@ -89,15 +92,27 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the gate and of what it multiplies, both contiguous."""
     dgate, dup = contiguous_like(gate), contiguous_like(up)
+    _fill(dy, gate, up, dgate, dup)
+    return dgate, dup
+
+
+def backward_packed(dy: Tensor, packed: Tensor) -> Tensor:
+    """The gradient of a packed projection, whose first half is the gate; contiguous."""
+    dpacked = contiguous_like(packed)
+    _fill(dy, *packed.chunk(2, dim=-1), *dpacked.chunk(2, dim=-1))
+    return dpacked
+
+
+def _fill(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    # The halves of a new tensor are rows with gaps: they are laid out without a copy.
     if dgate.numel():
-        (dy, gate, up), strides, columns, blocks, programs = _laid_out(dy, gate, up)
+        tensors, strides, columns, blocks, programs = _laid_out(dy, gate, up, dgate, dup)
         _launch_backward(
             (programs, 1, 1),
-            (dy, gate, up, dgate, dup, *strides, columns, blocks),
+            (*tensors, *strides, columns, blocks),
             (_BLOCK,),
             num_warps=_WARPS,
         )
-    return dgate, dup
 
 
 def _laid_out(

@@ -33,7 +33,7 @@ class GroupedLinears:
     """
 
     def __init__(self) -> None:
-        self._made: dict[Any, Any] = {}
+        self._made: dict[str, tuple[Any, Any]] = {}
         self._read_recipe: RecipeReader | None = None
 
     def __reduce__(self) -> tuple[type[GroupedLinears], tuple[()]]:
@@ -49,7 +49,7 @@ class GroupedLinears:
 
     def modules(self) -> Iterable[Any]:
         """Those that were made so far."""
-        return self._made.values()
+        return [made for _, made in self._made.values()]
 
     def __call__(self, x: Tensor, layer: Stacked, routing: Routing) -> Tensor:
         """As `Product`."""
@@ -69,9 +69,11 @@ class GroupedLinears:
                 del vars(made)[name]
 
     def _module_for(self, layer: Stacked) -> Any:
-        *_, size_in, size_out = layer.weight.shape if layer.is_transposed else layer.weight.mT.shape
-        key = (layer.name, layer.weight.dtype)
-        if key not in self._made:
+        kind = layer.weight.shape, layer.weight.dtype, layer.bias is None, layer.is_transposed
+        if self._made.get(layer.name, ())[:1] != (kind,):
+            # Of another dtype, after a cast, it would keep what it quantized before.
+            weight = layer.weight.mT if layer.is_transposed else layer.weight
+            _, size_out, size_in = weight.shape
             made = step_aware(load_te_classes().grouped_linear, "grouped_linear")(
                 num_gemms=len(layer.weight),
                 in_features=size_in,
@@ -81,8 +83,8 @@ class GroupedLinears:
                 params_dtype=layer.weight.dtype,
             )
             vars(made)["_parameters"].clear()
-            self._made[key] = made
-        return self._made[key]
+            self._made[layer.name] = kind, made
+        return self._made[layer.name][1]
 
 
 def row_multiple(recipe: object) -> int:

@@ -19,6 +19,7 @@ _CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **{name: st.sampled_from(values) for name, values in CHOICES.items()},
     "rope_fusion": st.sampled_from(("auto", True, False)),
+    "async_masks": st.sampled_from(("auto", True, False)),
     "dispatcher_num_sms": st.integers(1, 132),
     "dispatcher_share_token_dispatcher": st.booleans(),
     "dispatcher_async_dispatch": st.booleans(),
@@ -56,7 +57,7 @@ def cpu_backends() -> st.SearchStrategy[BackendConfig]:
         "attn": st.sampled_from(("auto", "sdpa", "eager", "flex")),
         "linear": st.sampled_from(("auto", "torch")),
         "rms_norm": st.sampled_from(("torch_fp32", "torch")),
-        **{name: _FIELDS[name] for name in ("rope_fusion", "swiglu", "loss")},
+        **{name: _FIELDS[name] for name in ("rope_fusion", "async_masks", "swiglu", "loss")},
         **{name: _FIELDS[name] for name in ("lm_head_precision", "gate_precision", "compile_attn")},
         **{name: _FIELDS[name] for name in ("fake_balanced_gate", "fake_gate_noise")},
     }

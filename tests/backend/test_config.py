@@ -33,6 +33,7 @@ def test_the_defaults_leave_what_depends_on_the_machine_open():
         "attn",
         "linear",
         "rope_fusion",
+        "async_masks",
         "swiglu",
         "loss",
         "experts",
@@ -114,8 +115,9 @@ def test_a_number_is_no_bool(name, value):
 
 
 @pytest.mark.parametrize("value", [1, 0, None, "yes"])
-def test_rope_fusion_is_a_bool_or_auto(value):
-    assert refused(rope_fusion=value) == [f"rope_fusion={value!r} must be True, False or 'auto'"]
+@pytest.mark.parametrize("name", ["rope_fusion", "async_masks"])
+def test_a_switch_is_a_bool_or_auto(name, value):
+    assert refused(**{name: value}) == [f"{name}={value!r} must be True, False or 'auto'"]
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "20", None])

@@ -79,6 +79,7 @@ def test_what_is_asked_for_by_name_is_what_runs(hopper):
         attn="flex",
         linear="torch",
         rope_fusion=False,
+        async_masks=False,
         swiglu="torch",
         loss="torch",
         experts="torch_mm",

@@ -54,7 +54,9 @@ def test_every_value_of_a_field_has_a_need_and_every_need_a_value():
     values = {
         f"{name}={value}" for name, all_of in CHOICES.items() for value in all_of if value != "auto"
     }
-    values |= {"rope_fusion=True", "rope_fusion=False"}
+    values |= {
+        f"{name}={value}" for name in ("rope_fusion", "async_masks") for value in (True, False)
+    }
     values |= {f"te_fp8={kind}" for kind in (*RECIPES, "delayed", "nvfp4", "custom")}
     assert set(BACKENDS) == values
     assert {backend.partition("=")[0] for backend in BACKENDS} == set(RUNNABLE)

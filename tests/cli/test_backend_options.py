@@ -26,7 +26,7 @@ def test_nothing_asked_is_no_backend():
 
 
 def test_fields_stand_over_the_file(file):
-    found = asked_backend(file, ("sdpa", None, None, "false", *(None,) * 5))
+    found = asked_backend(file, ("sdpa", None, None, "false", *(None,) * 6))
 
     assert found == BackendConfig(attn="sdpa", rms_norm="torch_fp32", rope_fusion=False)
 
@@ -154,7 +154,7 @@ def test_what_is_trained_is_the_swapped_model(tmp_path, text_file):
     )
     train(settings, Display(console(), is_quiet=True), cast)
 
-    assert swapped == [{"rms_norm", "rope_fusion", "swiglu"}]
+    assert swapped == [{"rms_norm", "rope_fusion", "async_masks", "swiglu"}]
 
 
 def test_a_run_shows_its_backend_plan(cli, tmp_path, text_file):

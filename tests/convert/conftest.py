@@ -2,8 +2,10 @@ import sys
 import types
 from pathlib import Path
 
+import attrs
 import pytest
 
+from automodel_fn import backend_plan
 from automodel_fn.backend import Availability, Device, Package
 from automodel_fn.convert import _variants
 
@@ -50,6 +52,31 @@ def state():
         }
 
     return read
+
+
+@pytest.fixture
+def exact(classes, monkeypatch):
+    """A Transformer Engine without FP8: weights are what they are."""
+    monkeypatch.setattr(
+        classes.grouped_linear, "quantized", lambda self, name, _, dtype: getattr(self, name)
+    )
+
+
+@pytest.fixture
+def machine(gpu):
+    return attrs.evolve(gpu, packages=(*gpu.packages, Package("grouped_gemm", version="0.3")))
+
+
+@pytest.fixture
+def planned(machine):
+    from convert_families import OWN
+
+    def plan(model, choice, **options):
+        return backend_plan(
+            model, attrs.evolve(OWN, attn="eager", experts=choice), availability=machine, **options
+        )
+
+    return plan
 
 
 @pytest.fixture

@@ -6,7 +6,13 @@ import transformers
 from automodel_fn import BackendConfig
 
 OWN = BackendConfig(
-    attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False, swiglu="torch", loss="torch"
+    attn="sdpa",
+    linear="torch",
+    rms_norm="torch",
+    rope_fusion=False,
+    async_masks=False,
+    swiglu="torch",
+    loss="torch",
 )
 """What these models run by of themselves."""
 
@@ -114,3 +120,21 @@ def batch_of(family, seed=0, length=16):
             "mm_token_type_ids": (ids == 90).long(),
         }
     return {**batch, "labels": ids.masked_fill(ids >= 90, -100)}
+
+
+def experts_of(model):
+    return [module for module in model.modules() if hasattr(module, "has_gate")]
+
+
+def loss_logits_and_gradients(model, batch):
+    found = model(**batch)
+    found.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found.loss, found.logits, gradients
+
+
+def assert_close(found, expected, tolerance):
+    assert found.dtype == expected.dtype
+    scale = expected.double().abs().max().clamp_min(1e-12)
+    assert ((found.double() - expected.double()).abs().max() / scale).item() < tolerance

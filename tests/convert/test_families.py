@@ -1,7 +1,14 @@
 import attrs
 import pytest
 import torch
-from convert_families import FAMILIES, OWN, batch_of, small_model
+from convert_families import (
+    FAMILIES,
+    OWN,
+    assert_close,
+    batch_of,
+    loss_logits_and_gradients,
+    small_model,
+)
 
 from automodel_fn import apply, backend_plan
 
@@ -28,20 +35,6 @@ CHOICES = {
 }
 CASES = [(family, choice) for choice, (families, _) in CHOICES.items() for family in families]
 cases = pytest.mark.parametrize(("family", "choice"), CASES)
-
-
-def loss_logits_and_gradients(model, batch):
-    found = model(**batch)
-    found.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return found.loss, found.logits, gradients
-
-
-def assert_close(found, expected, tolerance):
-    assert found.dtype == expected.dtype
-    scale = expected.double().abs().max().clamp_min(1e-12)
-    assert ((found.double() - expected.double()).abs().max() / scale).item() < tolerance
 
 
 @cases

@@ -63,6 +63,13 @@ def test_noise_makes_the_gate_uneven_the_more_the_more_there_is():
     )
 
 
+def test_a_fake_gate_waits_for_nothing():
+    # Of a meta tensor nothing can be read.
+    found = even_experts(64, Router(8, 2), 0.5, torch.device("meta"))
+
+    assert found.shape == (64, 2)
+
+
 def test_a_recompute_sends_tokens_where_the_forward_did():
     model = small_model("qwen3_moe")
     asked = attrs.evolve(OWN, fake_balanced_gate=True, fake_gate_noise=0.5)

@@ -168,6 +168,30 @@ def test_where_no_block_is_recomputed_fp8_is_on_in_each_layer(gpu, autocasts):
     assert autocasts[:1] == ["current"]
 
 
+def test_experts_alone_are_recomputed_in_fp8(gpu, autocasts):
+    model = small_model("qwen3_moe")
+    asked = attrs.evolve(OWN, experts="te", te_fp8="current")
+    apply(backend_plan(model, asked, availability=gpu))
+    model.activation_checkpointing_enable()
+    loss = model(**batch_of("qwen3_moe"), use_cache=False).loss
+    autocasts.clear()
+    loss.backward()
+
+    assert autocasts == ["current", "left"] * 2
+
+
+def test_fp8_is_left_off_where_experts_have_a_size_that_it_cannot_have(gpu, autocasts):
+    model = small_model("mixtral", intermediate_size=24)
+    apply(backend_plan(model, attrs.evolve(OWN, experts="te"), availability=gpu))
+    asked = attrs.evolve(OWN, experts="te", te_fp8="current")
+    found = actions(backend_plan(model, asked, availability=gpu), "te_fp8")
+
+    assert {action for action, _ in found.values()} == {"skip"}
+    assert found[""][1].startswith(
+        "model.layers.0.mlp.experts: a size of down_proj=24 is no multiple of 16"
+    )
+
+
 class DotProductAttention(nn.Module):
     """Transformer Engine's, in what is asked of it: batch first, True masks out."""
 

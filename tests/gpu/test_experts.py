@@ -7,6 +7,7 @@ import transformers
 
 from automodel_fn import (
     BackendConfig,
+    TEFp8Config,
     apply,
     backend_plan,
     build,
@@ -125,6 +126,12 @@ def test_outputs_and_gradients_are_as_near_to_float64_as_those_of_the_loop(famil
     )
 
 
+def delayed_scaling():
+    from transformer_engine.common.recipe import DelayedScaling
+
+    return DelayedScaling()
+
+
 @families
 @pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
 @pytest.mark.usefixtures("classes")
@@ -134,10 +141,10 @@ def test_in_fp8_they_are_near(family, recipe):
         pytest.skip(verdict.reason)
     model, routing = model_of(family), routed()
     expected = exact_outputs(experts_of(model), *routing)
-    experts = swapped(model, "te", te_fp8=recipe)
-    backend = BackendConfig(experts="te", te_fp8=recipe)
+    fp8 = TEFp8Config(delayed_scaling() if recipe == "delayed" else recipe)
+    experts = swapped(model, "te", te_fp8=fp8)
     for _ in range(3):  # Delayed scaling begins with a scale of 1.
-        with backend.te_fp8.autocast():
+        with fp8.autocast():
             found = outputs(experts, *routing)
 
     assert max(errors(found, expected)) < 0.2

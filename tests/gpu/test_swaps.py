@@ -16,9 +16,21 @@ pytestmark = [
 ]
 
 OWN = BackendConfig(
-    attn="sdpa", linear="torch", rms_norm="torch", rope_fusion=False, swiglu="torch", loss="torch"
+    attn="sdpa",
+    linear="torch",
+    rms_norm="torch",
+    rope_fusion=False,
+    async_masks=False,
+    swiglu="torch",
+    loss="torch",
 )
-FUSED = {"rms_norm": "torch_fp32", "rope_fusion": True, "swiglu": "fused", "loss": "fused"}
+FUSED = {
+    "rms_norm": "torch_fp32",
+    "rope_fusion": True,
+    "async_masks": True,
+    "swiglu": "fused",
+    "loss": "fused",
+}
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,

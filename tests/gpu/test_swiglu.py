@@ -3,6 +3,7 @@ import torch
 
 from automodel_fn import swiglu, swiglu_kernel
 from automodel_fn.ops._swiglu import swiglu_reference
+from automodel_fn.ops._swiglu_packed import swiglu_packed
 from automodel_fn.testing import check_swiglu
 
 pytestmark = [
@@ -53,6 +54,19 @@ def test_gradients_are_those_of_float64(shape, dtype):
         assert torch.equal(left, other)
         error = (left.double() - right).abs()
         assert (error <= TOLERANCE[dtype] * (right.abs().max() if right.numel() else 0)).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(64, 512), (2, 33, 130), (0, 8), (70000, 6), (12,)])
+def test_the_gradient_of_a_packed_projection_has_the_bits_of_its_halves(shape, dtype):
+    packed = (torch.randn(shape, device="cuda") * 4).to(dtype).requires_grad_()
+    y, halves = swiglu_packed(packed), swiglu(*packed.chunk(2, -1))
+    dy = torch.randn_like(y)
+    (found,), (expected,) = (torch.autograd.grad(each, packed, dy) for each in (y, halves))
+
+    assert torch.equal(y, halves)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()
 
 
 @by_dtype

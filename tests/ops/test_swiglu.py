@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from automodel_fn import ConfigError, swiglu
 from automodel_fn.ops._swiglu import swiglu_reference
+from automodel_fn.ops._swiglu_packed import swiglu_packed
 from automodel_fn.testing import check_swiglu
 
 by_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -19,6 +20,19 @@ def made(shape, dtype):
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 17), (33,), (2, 0, 8), (0,), ()])
 def test_it_is_off_by_its_roundings_only(shape, dtype):
     check_swiglu(*made(shape, dtype))
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 18), (0, 8)])
+def test_a_packed_projection_is_its_halves(shape, dtype):
+    packed = (torch.randn(shape) * 4).to(dtype).requires_grad_()
+    y, halves = swiglu_packed(packed), swiglu(*packed.chunk(2, -1))
+    dy = torch.randn_like(y)
+
+    assert torch.equal(y, halves)
+    assert torch.equal(
+        torch.autograd.grad(y, packed, dy)[0], torch.autograd.grad(halves, packed, dy)[0]
+    )
 
 
 @by_dtype

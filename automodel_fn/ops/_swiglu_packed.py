@@ -1,0 +1,54 @@
+"""SwiGLU of a packed projection: the gradients of both halves are written where they belong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from automodel_fn.ops._choice import is_direct, needs_gradients
+from automodel_fn.ops._swiglu import swiglu, swiglu_kernel
+
+
+def swiglu_packed(packed: Tensor) -> Tensor:
+    """`swiglu(gate, up)` of the halves of a tensor, with the same bits.
+
+    Where a kernel computes the gradients, they are not copied to lie side by side again.
+
+    Args:
+        packed: `[..., 2 F]`, floating point: the gate, then what it multiplies.
+
+    Returns:
+        `[..., F]`.
+
+    Example:
+        >>> swiglu_packed(torch.tensor([1.0, -1.0, 2.0, 2.0]))
+        tensor([ 1.4621, -0.5379])
+    """
+    gate, up = packed.chunk(2, dim=-1)
+    if torch.compiler.is_compiling() or not packed.is_cuda or not needs_gradients(packed):
+        return swiglu(gate, up)
+    if not is_direct(packed) or swiglu_kernel(gate, up).name != "triton":
+        return swiglu(gate, up)
+    apply: Any = _Packed.apply
+    return apply(packed)
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        from automodel_fn.ops._swiglu_triton import forward
+
+        ctx.save_for_backward(packed)
+        return forward(*packed.chunk(2, dim=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> Tensor:
+        from automodel_fn.ops._swiglu_triton import backward_packed
+
+        return backward_packed(*grad_outputs, *ctx.saved_tensors)
