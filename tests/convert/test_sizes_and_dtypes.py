@@ -45,6 +45,13 @@ def test_who_asks_for_it_by_name_and_gets_it_nowhere_is_told(gpu):
     assert note.startswith("te_attn=True was asked for, and no module got it: head_dim=12")
 
 
+def test_what_auto_chose_and_no_module_got_is_a_note_too(gpu):
+    asked = attrs.evolve(OWN, attn="auto")
+    (note,) = backend_plan(model_of(12), asked, availability=gpu).notes
+
+    assert note.startswith("'auto' chose attn='te', and no module got it, so it is sdpa: head_dim=")
+
+
 def test_of_latent_attention_the_sizes_are_those_that_are_multiplied():
     attention = small_model("deepseek_v3").model.layers[0].self_attn
 
