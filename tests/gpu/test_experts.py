@@ -224,6 +224,8 @@ def test_torch_mm_gives_the_same_bits_in_every_run(family):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, first, strict=True))
 
 
+# That the mode which looks for waiting is a prototype.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @families
 def test_torch_mm_and_a_fake_gate_do_not_wait_for_the_device(family):
     model, routing = model_of(family), routed()

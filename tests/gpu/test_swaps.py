@@ -62,11 +62,11 @@ def loss_and_gradients(model):
     return loss.detach(), gradients
 
 
-def assert_alike(model, backend, tolerance):
+def assert_alike(model, backend, tolerance, slack):
     """In float32, near what the own model computes.
 
-    In bf16 no further from its float32 than twice what the own one is: a rounding may send a token
-    to another expert.
+    In bf16 no further from its float32 than twice what the own one is, and what tokens make that a
+    rounding sends to another expert.
     """
     exact_loss, exact = loss_and_gradients(copy.deepcopy(model).float())
     expected, gradients = loss_and_gradients(model)
@@ -79,19 +79,22 @@ def assert_alike(model, backend, tolerance):
     assert abs(found - exact_loss) < tolerance * abs(exact_loss)
     for name, gradient in exact.items():
         error, own_error = ((each[name].float() - gradient).norm() for each in (ours, gradients))
-        assert error < 2 * own_error + tolerance / 10 * gradient.norm() + 1e-5, name
+        assert error < 2 * own_error + slack * gradient.norm() + 1e-5, name
     report.undo()
     again, _ = loss_and_gradients(model)
     assert abs(again - expected) < 1e-3 * abs(expected)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "fields", [FUSED, {"attn": "eager"}, {"attn": "flex"}, {"compile_attn": True}]
 )
-def test_a_swapped_model_computes_what_the_own_one_does(family, dtype, tolerance, fields):
-    assert_alike(model_of(family, dtype), attrs.evolve(OWN, **fields), tolerance)
+def test_a_swapped_model_computes_what_the_own_one_does(family, dtype, fields):
+    tolerance, slack = (5e-5, 5e-6) if dtype == torch.float32 else (5e-2, 5e-3)
+    if family == "Qwen3Moe" and dtype == torch.bfloat16:
+        slack = 0.1
+    assert_alike(model_of(family, dtype), attrs.evolve(OWN, **fields), tolerance, slack)
 
 
 @pytest.mark.usefixtures("classes")
@@ -99,7 +102,7 @@ def test_a_swapped_model_computes_what_the_own_one_does(family, dtype, tolerance
     "fields", [{"linear": "te"}, {"rms_norm": "te"}, {"attn": "te"}, {**FUSED, "linear": "te"}]
 )
 def test_modules_of_transformer_engine_compute_what_the_own_ones_do(fields):
-    assert_alike(model_of("Llama", torch.bfloat16), attrs.evolve(OWN, **fields), 5e-2)
+    assert_alike(model_of("Llama", torch.bfloat16), attrs.evolve(OWN, **fields), 5e-2, 5e-3)
 
 
 @pytest.mark.usefixtures("classes")
@@ -110,7 +113,7 @@ def test_in_fp8_the_loss_is_near_and_so_it_is_with_recomputes_and_kept_weights()
     first, gradients = loss_and_gradients(model)
 
     assert abs(first - expected) < 0.05 * abs(expected)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     for is_first in (True, False):
         with step_context(first_microbatch=is_first):
             again, recomputed = loss_and_gradients(model)
