@@ -106,7 +106,7 @@ def resolve(config: BackendConfig, availability: Availability) -> Resolution:
     """What of a backend will run on a machine, and why; pure, and the same for the same arguments.
 
     What is asked for by name is what runs, or an error: never another backend. "auto" takes the
-    first that can run of: te, sdpa for `attn`; te, torch for `linear`; True, False for
+    first that can run of: sdpa, te for `attn`; te, torch for `linear`; True, False for
     `rope_fusion` and `async_masks`; fused, torch for `swiglu` and `loss`; deepep, uccl_ep, torch
     for `dispatcher`; torch_mm, torch for `experts`, and te where FP8 would otherwise have nothing
     to act on. Choices are made so that they go together.

@@ -32,7 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "loss": get_args(Fused),
 }
 PREFERRED: Mapping[str, tuple[Any, ...]] = {
-    "attn": ("te", "sdpa"),
+    "attn": ("sdpa", "te"),
     "linear": ("te", "torch"),
     "rope_fusion": (True, False),
     "async_masks": (True, False),
