@@ -34,9 +34,9 @@ def outcome_of(promise: Promise, mine: ByRound, peers: ByRound) -> Outcome | Non
         peers: The same of the peer that it names; not read where it names none.
 
     Example:
-        >>> promise = Promise("tokens_per_s", at_least=1.2, peer="plain")
+        >>> promise = Promise("throughput_tps", at_least=1.2, peer="plain")
         >>> outcome_of(promise, {1: 130.0, 2: 110.0}, {1: 100.0, 2: 100.0})
-        Outcome(text='tokens_per_s 1.2 times that of plain, at least 1.2', is_kept=True)
+        Outcome(text='throughput_tps 1.2 times that of plain, at least 1.2', is_kept=True)
     """
     found = paired_ratio(mine, peers) if promise.peer else summary(mine.values())
     if found is None:

@@ -174,7 +174,7 @@ def _timed(training: Training, case: Case) -> Mapping[str, float | None]:
     step_ms = statistics.median(_between(*pair) for pair in itertools.pairwise(ends))
     return {
         "step_ms": step_ms,
-        "tokens_per_s": training.num_microbatches * case.parameter("tokens") / step_ms * 1e3,
+        "throughput_tps": training.num_microbatches * case.parameter("tokens") / step_ms * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / _GIB if is_cuda else None,
         "host_ms": statistics.median(returned) if is_cuda else None,
     }

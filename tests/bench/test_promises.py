@@ -18,7 +18,7 @@ def launch(request):
     if "subjects" not in request:
         return {"environment": {**TEXTS, **NUMBERS}, "absent": {}}
     (case,), (subject,) = request["cases"], request["subjects"]
-    values = {"tokens_per_s": SPEEDS.get(subject), "peak_gib": PEAKS.get(subject)}
+    values = {"throughput_tps": SPEEDS.get(subject), "peak_gib": PEAKS.get(subject)}
     facts = {"is_loss_of_plain": 1}
     found = {"case": case, "subject": subject, "values": values, "facts": facts, "problem": ""}
     return {"measured": [found]}
@@ -36,12 +36,12 @@ def rows_of(result, case):
 
 
 def test_a_promise_of_a_ratio_is_judged_by_the_rounds_that_both_have():
-    promise = Promise("tokens_per_s", at_least=2, peer="plain")
+    promise = Promise("throughput_tps", at_least=2, peer="plain")
     mine, peers = {1: 10.0, 2: 1.0, 3: 60.0}, {1: 4.0, 3: 30.0}
 
     outcome = outcome_of(promise, mine, peers)
     assert outcome.is_kept
-    assert outcome.text == "tokens_per_s 2.25 times that of plain, at least 2"
+    assert outcome.text == "throughput_tps 2.25 times that of plain, at least 2"
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_rows_say_what_became_of_each_promise(result):
     rows = rows_of(result, "llama")
 
     assert [p.text for p in rows[OURS].promises] == [
-        "tokens_per_s 1.3 times that of Hugging Face, at least 1.22",
+        "throughput_tps 1.3 times that of Hugging Face, at least 1.22",
         "peak_gib 18, at most 18.5",
     ]
     assert rows[OURS].broken_claims == ()
     assert rows[FP8].broken_claims == (
-        "tokens_per_s 1.4 times that of Hugging Face, at least 1.48",
+        "throughput_tps 1.4 times that of Hugging Face, at least 1.48",
         "peak_gib 21, at most 20.5",
     )
     assert rows[PLAIN].promises == ()
@@ -106,7 +106,7 @@ def test_json_holds_the_promises(result):
 def test_broken_promises_are_said_by_the_command(result):
     assert broken_claims(result) == (
         "llama: automodel_fn, FP8 promises "
-        "tokens_per_s 1.4 times that of Hugging Face, at least 1.48, peak_gib 21, at most 20.5",
+        "throughput_tps 1.4 times that of Hugging Face, at least 1.48, peak_gib 21, at most 20.5",
     )
 
 

@@ -51,7 +51,7 @@ def test_ours_is_measured_and_has_the_losses_of_the_plain_model(case):
     assert list(values) == [measure.name for measure in BENCHMARK.measures]
     assert values["step_ms"] > 0
     tokens = case.parameter("tokens") * case.parameter("microbatches")
-    assert values["tokens_per_s"] == pytest.approx(tokens / values["step_ms"] * 1e3)
+    assert values["throughput_tps"] == pytest.approx(tokens / values["step_ms"] * 1e3)
     assert values["peak_gib"] is None
     assert values["host_ms"] is None
     assert values["loss_distance_relative"] < 1e-3
