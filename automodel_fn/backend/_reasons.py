@@ -99,6 +99,11 @@ def notes_for(runs: Values, found: Availability) -> Iterator[str]:
         yield "te_fp8 acts on the experts only: linear layers are not Transformer Engine's"
     if runs["te_fp8"] is not None and runs["experts"] != "te":
         yield "te_fp8 does not act on experts, if there are any: for that set experts='te'"
+    if runs["experts"] in ("te", "gmm") and runs["dispatcher"] == "torch":
+        yield (
+            f"experts={runs['experts']!r} with dispatcher='torch': no tokens go to other ranks, so "
+            "each rank has to have all experts"
+        )
     if runs["dispatcher"] == "hybridep":
         yield (
             "dispatcher='hybridep' needs a deep_ep that was built from its hybrid-ep branch; "

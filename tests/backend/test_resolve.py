@@ -292,3 +292,14 @@ def test_one_rank_has_no_gradients_to_hold_back(cpu, world_size, num_notes):
     found = resolve(asked, attrs.evolve(cpu, world_size=world_size))
 
     assert len([note for note in found.notes if "hold back" in note]) == num_notes
+
+
+@pytest.mark.parametrize("experts", ["te", "gmm"])
+def test_grouped_experts_without_a_dispatcher_are_told_what_each_rank_has_to_have(machine, experts):
+    found = machine((9, 0), te="2.20.2", grouped_gemm="0.3", deep_ep="1.2", world_size=8)
+    said = "each rank has to have all experts"
+    alone = resolve(BackendConfig(experts=experts, dispatcher="torch"), found)
+
+    assert [said in note for note in alone.notes].count(True) == 1
+    for other in (BackendConfig(experts=experts, dispatcher="deepep"), BackendConfig()):
+        assert not any(said in note for note in resolve(other, found).notes)
