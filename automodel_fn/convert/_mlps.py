@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -63,8 +63,13 @@ def _keeping(part: Part, around: Around) -> str:
 
 def _is_swiglu(module: nn.Module, own: type[Any]) -> bool:
     """Whether it is: found by trying it, with a gate and an up that were not projected."""
-    gate, up = probe_tensor(4, 8), probe_tensor(4, 8, seed=1)
+    given, gate, up = (_wide_values(seed) for seed in range(3))
     packed = torch.cat((gate, up), -1)
+
+    def projected(result: Tensor) -> Any:
+        # Of the input as it came: what a family makes of it first would be left out.
+        return lambda x: result + (x - given).sum()
+
     try:
         # As in training, since a dropout would be left out; its numbers are not those of the model.
         with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=()):
@@ -74,16 +79,31 @@ def _is_swiglu(module: nn.Module, own: type[Any]) -> bool:
                 seen = Overlay(
                     module,
                     training=True,
-                    gate_proj=lambda _: gate,
-                    up_proj=lambda _: up,
-                    gate_up_proj=lambda _: packed,
+                    **_dropouts(module),
+                    gate_proj=projected(gate),
+                    up_proj=projected(up),
+                    gate_up_proj=projected(packed),
                     down_proj=lambda x: x,
                 )
-                found = own.forward(seen, gate)
+                found = own.forward(seen, given)
     # It wants other attributes or arguments.
     except (AttributeError, TypeError, RuntimeError, ValueError, LookupError):
         return False
     return is_close(found, nn.functional.silu(gate) * up)
+
+
+def _wide_values(seed: int) -> Tensor:
+    """Values `[4, 8]`, half of them so large that it shows if a family cuts them off."""
+    return probe_tensor(4, 8, seed=seed) * torch.tensor([[1.0], [1.0], [1e6], [1e6]], device="cpu")
+
+
+def _dropouts(module: nn.Module) -> dict[str, Any]:
+    """The module's dropouts by name, as in training, whatever the mode of the model is now."""
+    return {
+        name: partial(nn.functional.dropout, p=child.p, training=True)
+        for name, child in module.named_children()
+        if isinstance(child, nn.Dropout)
+    }
 
 
 SWIGLU = Behaviour(_namespace)

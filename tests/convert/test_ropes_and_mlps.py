@@ -6,6 +6,8 @@ from convert_families import OWN, batch_of, small_model
 from torch import nn
 
 from automodel_fn import apply, backend_plan
+from automodel_fn.cli._configs import default_config
+from automodel_fn.cli._small import small_config
 from automodel_fn.convert._overlay import Overlay, with_globals
 from automodel_fn.convert._rotary_conventions import rotary_convention
 
@@ -84,6 +86,69 @@ def test_an_mlp_with_a_dropout_is_skipped_whatever_the_mode(gpu, dropout, is_tra
 
     assert found["model.layers.0.mlp"].action == ("skip" if dropout else "swap")
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class Plain(nn.Module):
+    """An MLP as most families have it, and places for what some do beside."""
+
+    def __init__(self, size=8):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(size, size), nn.Linear(size, size)
+        self.down_proj, self.dropout = nn.Linear(size, size), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class WithDropout(Plain):
+    def forward(self, x):
+        product = torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.dropout(product))
+
+
+class WithHalvedInput(Plain):
+    def forward(self, x):
+        x = x / 2
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class WithGateCutOff(Plain):
+    def forward(self, x):
+        gate = self.gate_proj(x).clamp(max=100.0)
+        return self.down_proj(torch.nn.functional.silu(gate) * self.up_proj(x))
+
+
+class WithUpCutOff(Plain):
+    def forward(self, x):
+        up = self.up_proj(x).clamp(-100.0, 100.0)
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * up)
+
+
+@pytest.mark.parametrize("choice", ["fused", "recomputed"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_an_mlp_that_does_anything_beside_is_skipped(choice, is_training):
+    kinds = (Plain, WithDropout, WithHalvedInput, WithGateCutOff, WithUpCutOff)
+    model = nn.Sequential(*(kind() for kind in kinds)).train(is_training)
+    found = by_name(backend_plan(model, attrs.evolve(OWN, swiglu=choice)), "swiglu")
+
+    assert [each.action for each in found.values()] == ["swap", "skip", "skip", "skip", "skip"]
+    assert {found[str(n)].reason for n in range(1, 5)} == {"it computes no silu(gate) * up"}
+
+
+def test_mlps_and_experts_that_cut_large_values_off_are_skipped(gpu):
+    """DeepSeek V4's do, at 10, which values of the size of a fresh model's never reach."""
+    config = small_config("deepseek_v4", default_config("deepseek_v4"))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = by_name(backend_plan(model, FUSED, availability=gpu), "swiglu")
+
+    assert {each.module_class for each in found.values()} == {
+        "DeepseekV4MLP",
+        "DeepseekV4Experts",
+    }
+    assert {(each.action, each.reason) for each in found.values()} == {
+        ("skip", "it computes no silu(gate) * up")
+    }
 
 
 def test_a_packed_projection_is_split_where_it_lies(gpu):
