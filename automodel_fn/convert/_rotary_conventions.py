@@ -64,7 +64,7 @@ def fused(convention: RotaryConvention) -> Callable[..., Any]:
     step = 2 if convention.tables == "neighbours" else 1
 
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Any:
-        layout = "thd" if q.dim() == 3 else "bhsd" if heads == 1 else "bshd"
+        layout = "thd" if q.dim() == 3 else "bhsd" if _from_right(cos, heads) == 3 else "bshd"
         rotary_dim = times * cos.shape[-1]
         if step > 1:
             cos, sin = cos[..., ::step], sin[..., ::step]
@@ -94,11 +94,11 @@ def _in_form(convention: RotaryConvention, turned: Callable[..., Any]) -> Callab
         return turned(q, k, cos, sin, unsqueeze_dim)
 
     def single(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
-        nothing = x.detach().narrow(unsqueeze_dim, 0, 0)
+        nothing = x.detach().narrow(-_from_right(cos, unsqueeze_dim), 0, 0)
         return turned(x, nothing, cos, sin, unsqueeze_dim)[0]
 
     def rows(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        return turned(q, k, cos, sin, 2)
+        return turned(q, k, cos, sin, -2)
 
     def of_complex(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> Any:
         return turned(xq, xk, freqs_cis.real, freqs_cis.imag, convention.heads)
@@ -113,6 +113,14 @@ def _in_form(convention: RotaryConvention, turned: Callable[..., Any]) -> Callab
     return made[convention.form]
 
 
+def _from_right(table: Tensor, heads: int) -> int:
+    """Which dimension heads are, from the right: where `table.unsqueeze(heads)` has it.
+
+    Pixtral's tables are `[S, D]` and have it at 0, which is the 1 of tables `[B, S, D]`.
+    """
+    return table.dim() + 1 - heads if heads >= 0 else -heads
+
+
 @functools.cache
 def rotary_convention(function: Any) -> RotaryConvention | None:
     """How a family's function turns queries and keys, found by trying it; None if another way.
@@ -125,7 +133,8 @@ def rotary_convention(function: Any) -> RotaryConvention | None:
     except ValueError:
         return None  # it is none of Python's
     ways = _ways(form) if form else ()
-    return next((way for way in ways if _is_of_way(function, way)), None)
+    way = next((way for way in ways if _is_of_way(function, way)), None)
+    return None if way is None or _takes_queries_alone(function, way) else way
 
 
 def _ways(form: Form) -> Iterator[RotaryConvention]:
@@ -153,6 +162,16 @@ def _is_of_way(function: Any, convention: RotaryConvention) -> bool:
     return all(needed) and False not in fits and False not in rest
 
 
+def _takes_queries_alone(function: Any, convention: RotaryConvention) -> bool:
+    """Whether None may stand for the keys (Mistral Large 4), which have no stand-in here."""
+    if convention.form not in ("pair", "positions"):
+        return False
+    shape, heads, of_table = _HEADS_FIRST
+    angles = probe_tensor(*of_table, 4, seed=2)
+    given = [probe_tensor(*shape), None]
+    return _tried(function, convention, given, angles, {"unsqueeze_dim": heads}) is not None
+
+
 def _fits(function: Any, convention: RotaryConvention, case: Any, num_angles: int) -> bool | None:
     """Whether a function gives what is expected; None if it cannot take the values."""
     shape, heads, of_table = case
@@ -173,7 +192,7 @@ def _fits(function: Any, convention: RotaryConvention, case: Any, num_angles: in
 def _tried(
     function: Any,
     convention: RotaryConvention,
-    given: list[Tensor],
+    given: list[Any],
     angles: Tensor,
     named: dict[str, int],
 ) -> list[Any] | None:

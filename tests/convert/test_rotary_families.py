@@ -5,6 +5,7 @@ import importlib
 import attrs
 import pytest
 import torch
+import transformers
 from convert_families import OWN
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +39,8 @@ OTHERS = [
     ("gptj", PAIR),
     ("deepseek_v4", PAIR),
     ("clvp", PAIR),
+    ("mistral_large4", "apply_rotary_pos_emb_interleave"),
+    ("qwen4_exp", PAIR),
 ]
 # By model type: what each of these is there for is in WAYS.
 MODELS = [
@@ -199,3 +202,53 @@ def test_attention_is_compiled_whole(model_type):
     found = compiled(input_ids=ids, use_cache=False).logits
 
     torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [((2, 3, 5, 8), 0), ((2, 5, 5, 8), 0), ((2, 5, 3, 8), 1), ((5, 3, 8), 1), ((2, 5, 3, 8), -2)],
+)
+def test_tables_of_all_sequences_are_turned_where_their_dimension_is_added(shape, heads, dtype):
+    """Pixtral adds it at 0; of heads in the place of tokens nothing but the bits would tell."""
+    function = function_of("pixtral", PAIR)
+    generator = torch.Generator().manual_seed(0)
+    q, k, angles = (
+        torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape, (5, 4))
+    )
+    tables = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+    expected = function(q, k, *tables, unsqueeze_dim=heads)
+    found = fused(rotary_convention(function))(q, k, *tables, unsqueeze_dim=heads)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 3, 5, 8), 0), ((2, 5, 3, 8), 1)])
+def test_so_are_those_of_a_function_on_one_of_the_two(shape, heads):
+    function = function_of("gemma3n", PAIR)
+    x, angles = torch.randn(shape), torch.randn(5, 4).repeat(1, 2)
+    expected = function(x, angles.cos(), angles.sin(), unsqueeze_dim=heads)
+    found = fused(rotary_convention(function))(x, angles.cos(), angles.sin(), unsqueeze_dim=heads)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pixtral_tower_with_fused_rotary_embeddings_gives_what_it_gave():
+    config = transformers.PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.PixtralVisionModel(config).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    sizes = torch.tensor([[32, 32]])
+    expected = model(pixels, image_sizes=sizes).last_hidden_state
+    report = apply(backend_plan(model, FUSED))
+    found = model(pixels, image_sizes=sizes).last_hidden_state
+
+    assert report.num_swaps
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
