@@ -234,21 +234,15 @@ def test_so_are_those_of_a_function_on_one_of_the_two(shape, heads):
 
 
 def test_a_pixtral_tower_with_fused_rotary_embeddings_gives_what_it_gave():
-    config = transformers.PixtralVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    images = {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    model = transformers.PixtralVisionModel(config).eval()
-    pixels = torch.randn(1, 3, 32, 32)
-    sizes = torch.tensor([[32, 32]])
-    expected = model(pixels, image_sizes=sizes).last_hidden_state
+    config = transformers.PixtralVisionConfig(**sizes, **images)
+    model, pixels = transformers.PixtralVisionModel(config).eval(), torch.randn(1, 3, 32, 32)
+    given = {"pixel_values": pixels, "image_sizes": torch.tensor([[32, 32]])}
+    expected = model(**given).last_hidden_state
     report = apply(backend_plan(model, FUSED))
-    found = model(pixels, image_sizes=sizes).last_hidden_state
+    found = model(**given).last_hidden_state
 
     assert report.num_swaps
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
