@@ -144,10 +144,18 @@ class Adding(nn.Module):
         return position_ids
 
 
+class CountingElsewhere(nn.Module):
+    def forward(self, inputs_embeds, position_ids=None):
+        if inputs_embeds is not None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = position_ids.unsqueeze(0)
+        return position_ids
+
+
 def test_a_forward_counts_up_if_its_source_says_nothing_else():
     made = {}
     exec("import torch\nclass Made(torch.nn.Module):\n    def forward(self): ...", made)
 
     assert counts_up(Counting)
-    for other in (Doubling, Changing, Adding, nn.Linear, nn.LSTM, made["Made"]):
+    for other in (Doubling, Changing, Adding, CountingElsewhere, nn.Linear, nn.LSTM, made["Made"]):
         assert not counts_up(other)

@@ -8,6 +8,7 @@ from torch import nn
 from automodel_fn import apply, backend_plan
 from automodel_fn.cli._configs import default_config
 from automodel_fn.cli._small import small_config
+from automodel_fn.convert import _mlps
 from automodel_fn.convert._overlay import Overlay, with_globals
 from automodel_fn.convert._rotary_conventions import rotary_convention
 
@@ -178,6 +179,24 @@ def test_experts_in_a_loop_are_kept_and_grouped_ones_are_swapped(gpu):
 
     assert by_name(looped, "swiglu")["model.layers.0.mlp.experts"].action == "keep"
     assert by_name(grouped, "swiglu")["model.layers.0.mlp.experts"].action == "swap"
+
+
+def test_recomputed_mlps_go_by_way_of_the_recompute_and_experts_are_skipped(monkeypatch, gpu):
+    calls, own = [], _mlps.recomputed_swiglu
+    monkeypatch.setattr(_mlps, "recomputed_swiglu", lambda *a: calls.append(a) or own(*a))
+    grads = []
+    for choice in ("fused", "recomputed"):
+        model = small_model("llama")
+        report = apply(backend_plan(model, attrs.evolve(OWN, swiglu=choice)))
+        model(**batch_of("llama")).loss.backward()
+        assert len(calls) == (report.num_swaps if choice == "recomputed" else 0)
+        grads.append([each.grad for each in model.parameters()])
+    moe = attrs.evolve(OWN, swiglu="recomputed", experts="torch_mm")
+    found = by_name(backend_plan(small_model("qwen3_moe"), moe, availability=gpu), "swiglu")
+
+    assert all(map(torch.equal, *grads))
+    assert found["model.layers.0.mlp.experts"].action == "skip"
+    assert found["model.layers.0.mlp.experts"].reason.endswith("swiglu='fused' is for them")
 
 
 def test_what_is_overlaid_is_seen_and_not_changed():
