@@ -91,5 +91,5 @@ class _Again:
                 "the gate or the up that swiglu was computed of was changed in place before its "
                 "product was computed again for the backward; keep them, or use swiglu='fused'."
             )
-        with torch.no_grad():
-            return swiglu(self._gate, self._up).as_strided(*kept)
+        # Both are detached: nothing of this is recorded.
+        return swiglu(self._gate, self._up).as_strided(*kept)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from automodel_fn.errors import ConfigError
 from automodel_fn.ops._choice import is_direct, needs_gradients
 from automodel_fn.ops._swiglu import swiglu, swiglu_kernel
 
@@ -23,10 +24,19 @@ def swiglu_packed(packed: Tensor) -> Tensor:
     Returns:
         `[..., F]`.
 
+    Raises:
+        ConfigError: Its last dimension has no halves, or it is not floating point.
+
     Example:
         >>> swiglu_packed(torch.tensor([1.0, -1.0, 2.0, 2.0]))
         tensor([ 1.4621, -0.5379])
     """
+    # The halves of an odd size differ: a kernel would read on where the shorter one ends.
+    if packed.dim() == 0 or packed.shape[-1] % 2:
+        raise ConfigError(
+            f"swiglu_packed was given the shape {tuple(packed.shape)}; its last dimension must be "
+            "even: the gate, then as many that it multiplies."
+        )
     gate, up = packed.chunk(2, dim=-1)
     if torch.compiler.is_compiling() or not packed.is_cuda or not needs_gradients(packed):
         return swiglu(gate, up)

@@ -73,6 +73,16 @@ def test_one_is_made_for_each_size_and_kept(heads):
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("is_training", [True, False])
+def test_it_is_in_the_mode_of_the_module(heads, is_training):
+    made = build.attention(backend="te").train(is_training)
+    made(*heads)
+
+    (core,) = made._cores.values()
+    assert core.training is is_training
+
+
+@pytest.mark.usefixtures("engine")
 def test_heads_that_were_transposed_are_laid_out_first(heads):
     turned = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in heads]
     made = build.attention(backend="te")

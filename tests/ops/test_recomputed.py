@@ -5,7 +5,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from automodel_fn.ops import _recomputed
 from automodel_fn.ops._recomputed import recomputed_swiglu
@@ -94,6 +96,39 @@ def test_a_product_that_was_changed_in_place_is_kept(products):
     assert torch.equal(
         found[0], torch.autograd.grad(expected, layer.weight, torch.ones_like(out))[0]
     )
+
+
+def test_the_memory_of_the_product_as_another_dtype_is_kept(products):
+    _, gate, up = made(shape=(4, 6))
+    weight = torch.randn(6, 3).half().requires_grad_()
+    recomputed_swiglu(lambda y: y.view(torch.float16) @ weight, gate, up).sum().backward()
+    expected = swiglu(gate, up).detach().view(torch.float16).t() @ torch.ones(4, 3).half()
+
+    assert len(products) == 1
+    assert torch.equal(weight.grad, expected)
+
+
+def test_second_derivatives_have_the_bits_of_keeping():
+    layer, gate, up = made(torch.float64)
+    found = []
+    for function in (recomputed_swiglu, lambda layer, gate, up: layer(swiglu(gate, up))):
+        inputs = (gate, up, layer.weight)
+        first = torch.autograd.grad(
+            function(layer, gate, up).square().sum(), inputs, create_graph=True
+        )
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in first), inputs))
+
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("watching", [FlopCounterMode(display=False), FakeTensorMode()])
+def test_where_somebody_watches_the_product_is_kept(products, watching):
+    with watching:
+        layer, gate, up = made()
+        recomputed_swiglu(layer, gate, up).sum().backward()
+
+    assert len(products) == 1
 
 
 @pytest.mark.parametrize("which", ["gate", "up"])

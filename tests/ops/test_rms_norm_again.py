@@ -18,7 +18,7 @@ class Kernels:
     """Computes by torch; remembers what it was told of calls alike, as launchers do."""
 
     def __init__(self):
-        self.known, self.given = {}, []
+        self.known, self.given, self.normalized = {}, [], None
 
     def forward_again(self, alike):
         return self.known.get(alike)
@@ -32,6 +32,7 @@ class Kernels:
 
     def backward(self, x, weight, dy, dsum, eps, rounds_first, *, of_weight, again):
         self.given.append(again)
+        self.normalized = x
         return dy.clone(), None
 
 
@@ -76,6 +77,16 @@ def test_with_a_residual_both_come_again(kernels):
     assert kernels.given == [None, "launch 0"]
 
 
+def test_gradients_are_given_what_was_normalized_the_sum_where_there_is_one(kernels):
+    x, residual = (torch.randn(3, 4, 8).bfloat16().requires_grad_() for _ in range(2))
+    eager_triton(**arguments(x=x)).sum().backward()
+    assert kernels.normalized is x
+    y, total = eager_triton(**arguments(x=x, residual=residual))
+    y.sum().backward()
+
+    assert torch.equal(kernels.normalized, total)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -102,6 +113,37 @@ def test_what_differs_from_it_is_looked_at_anew(changed):
     eager_triton(**arguments())
 
     assert eager_triton_again(**arguments(**changed)) is None
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [
+        None,
+        torch.ones(3, 4, 8),
+        torch.ones(3, 4, 9).bfloat16(),
+        torch.ones(1, 4, 8).bfloat16(),
+        torch.ones(12, 8).bfloat16(),
+        torch.ones(4, 3, 8).bfloat16().transpose(0, 1),
+        nn.Parameter(torch.ones(3, 4, 8).bfloat16()),
+        1.0,
+    ],
+)
+def test_a_residual_that_differs_from_it_is_looked_at_anew(residual):
+    eager_triton(**arguments(residual=torch.ones(3, 4, 8).bfloat16()))
+
+    assert eager_triton_again(**arguments(residual=torch.ones(3, 4, 8).bfloat16())) is not None
+    assert eager_triton_again(**arguments(residual=residual)) is None
+
+
+@pytest.mark.parametrize("moved", ["x", "weight", "residual"])
+def test_a_tensor_on_another_device_is_looked_at_anew(moved, monkeypatch):
+    given = arguments(residual=torch.ones(3, 4, 8).bfloat16())
+    elsewhere = arguments(residual=torch.ones(3, 4, 8).bfloat16())[moved]
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor is elsewhere))
+    eager_triton(**given)
+
+    assert eager_triton_again(**given) is not None
+    assert eager_triton_again(**{**given, moved: elsewhere}) is None
 
 
 @pytest.mark.parametrize("eps", [1, True])

@@ -74,6 +74,20 @@ def test_a_sum_is_rounded_once():
     assert torch.equal(found, (taken * weights[..., None].double()).sum(1).float().bfloat16())
 
 
+def test_gradients_are_computed_in_float32_and_rounded_once():
+    routing = routing_of(torch.rand(64, 8).argsort(-1), 8, 16)
+    rows, weights = torch.randn(512, 16).bfloat16(), torch.rand(64, 8)
+    leaves = [each.requires_grad_() for each in (rows, weights)]
+    dy = torch.randn(64, 16).bfloat16()
+    found = combined(*leaves, routing, torch.bfloat16)
+    drows, dweights = torch.autograd.grad(found, leaves, dy)
+    exact = dy.double()[:, None] * weights.detach().double()[..., None]
+    products = rows.detach().double()[routing.places] * dy.double()[:, None]
+
+    assert torch.equal(drows[routing.places], exact.float().bfloat16())
+    torch.testing.assert_close(dweights.double(), products.sum(-1), rtol=1e-6, atol=1e-5)
+
+
 def test_what_fills_up_has_no_gradient():
     routing = routing_of(torch.tensor([[0], [0], [1]]), 2, 4)
     rows = torch.randn(8, 3, requires_grad=True)

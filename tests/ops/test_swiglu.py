@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +35,12 @@ def test_a_packed_projection_is_its_halves(shape, dtype):
     assert torch.equal(
         torch.autograd.grad(y, packed, dy)[0], torch.autograd.grad(halves, packed, dy)[0]
     )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 17)])
+def test_a_packed_projection_without_halves_is_an_error_that_shows_its_shape(shape):
+    with pytest.raises(ConfigError, match=re.escape(f"the shape {shape}; its last dimension")):
+        swiglu_packed(torch.ones(shape))
 
 
 @by_dtype

@@ -3,9 +3,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import gradgradcheck
 
 from automodel_fn import build, cache_counts, step_context
-from automodel_fn.te._grouped import joined, row_multiple
+from automodel_fn.te._grouped import GroupedLinears, _split, joined, row_multiple
 
 
 def recipe(**kinds):
@@ -29,6 +30,21 @@ def test_of_how_many_rows_a_recipe_needs_a_multiple(kinds, expected):
     assert row_multiple(recipe(**kinds)) == expected
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, 1), (recipe(mxfp8=True), 32)])
+def test_without_a_recipe_any_number_of_rows_will_do(given, expected):
+    product = GroupedLinears()
+    product._read_recipe = lambda: given
+
+    assert product.multiple() == expected
+
+
+def test_a_stack_that_was_split_has_second_derivatives():
+    stacked = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    # The gradients of a stack lie as one.
+    assert gradgradcheck(lambda x: torch.stack(_split(x)).pow(3), (stacked,))
+
+
 def test_parts_that_lie_as_a_stack_are_one():
     whole = torch.arange(24.0).view(3, 2, 4)
     found = joined(whole.unbind(0))
@@ -46,6 +62,7 @@ def test_parts_that_lie_as_a_stack_are_one():
         lambda whole: (whole[0], whole[1].clone(), whole[2]),
         lambda whole: tuple(whole.mT.unbind(0)),
         lambda whole: (whole[0], whole[0]),
+        lambda whole: (whole[0], whole[1].view(torch.int32), whole[2]),
     ],
 )
 def test_parts_that_do_not_are_copied(parts):
