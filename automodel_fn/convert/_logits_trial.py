@@ -47,8 +47,9 @@ def scales_logits_only(model: nn.Module, own: type[Any]) -> bool:
         own: Its class.
     """
     head: Any = model._modules["lm_head"]
-    # As wide as logits are, so that it shows if some of them are cut off.
+    # As wide as logits are, so that it shows if some of them are left out, and large ones, cut off.
     hidden_states = probe_tensor(1, 3, head.weight.shape[0])
+    hidden_states[:, 1] *= 1e6
     body = {name: _given(hidden_states) for name in model._modules if name in names_in(own)}
     body["lm_head"] = _Head(head, weight=probe_tensor(1))
     tokens = torch.zeros(1, 3, dtype=torch.int64, device="cpu")
@@ -74,5 +75,6 @@ def _raise(logits: Any, *args: Any, **kwargs: Any) -> Any:
 def _is_multiple(found: Any, of: Tensor) -> bool:
     if not isinstance(found, Tensor) or found.shape != of.shape:
         return False
+    found, of = found.double(), of.double()
     scale = (found * of).sum() / (of * of).sum()
-    return torch.allclose(found.float(), scale * of, rtol=1e-5, atol=1e-6)
+    return torch.allclose(found, scale * of, rtol=1e-5, atol=1e-6)
