@@ -1,13 +1,10 @@
 """How many rows of an RMSNorm a program holds in registers, and with how many warps."""
-# Triton is in no build of torch for the CPU, and what its language returns is not typed.
-# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
 from functools import cache
 
 import attrs
-import triton
 
 
 @attrs.frozen
@@ -36,7 +33,7 @@ LARGEST = 16384
 @cache
 def tile_for(hidden: int) -> Tile:
     """The tile of a hidden size: about 4096 elements, of one row at least."""
-    block = triton.next_power_of_2(hidden)
+    block = 1 << (hidden - 1).bit_length()
     num_warps = min(32, max(8, block // 512))
     return Tile(
         max(1, 4096 // block),
