@@ -15,6 +15,7 @@ def rope_kernel(q: Tensor, k: Tensor) -> KernelChoice:
     torch's own operators take the rest.
 
     Example:
+        >>> import torch
         >>> rope_kernel(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
         KernelChoice(name='torch', reason='q is on cpu')
     """
