@@ -162,8 +162,6 @@ def _notes(
             yield from _in_vain(field, choice, found)
         elif field == "loss" and any(entry.changes and entry.after == "fused" for entry in found):
             yield FUSED_LOSS
-        elif field == "te_attn" and found and all(entry.action == SKIP for entry in found):
-            yield f"'auto' chose attn='te', and no module got it, so it is sdpa: {found[0].reason}"
     te_attention = {entry.name for entry in by_field.get("te_attn", []) if entry.changes}
     if any(has_wide_te_attention(around.by_name[name], around) for name in te_attention):
         yield TE_IN_FLOAT32

@@ -34,8 +34,8 @@ def eager_triton_again(
 ) -> Output | None:
     """What `eager_triton` gives where it had these arguments before, but for numbers in tensors.
 
-    Then they have been checked, and a kernel was compiled for them: to find that out takes the
-    host a third of the time of doing it again. None where that is not so, or cannot be known.
+    Then they have been checked, and a kernel was compiled for them, which one key says. None where
+    that is not so, or cannot be known.
 
     Args:
         x: A tensor on CUDA; all else may be anything, also wrong.

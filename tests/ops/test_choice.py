@@ -169,6 +169,19 @@ def ways(monkeypatch):
     return taken
 
 
+def test_a_norm_asks_first_whether_it_was_called_so_before(ways, monkeypatch):
+    asked, x = [], torch.ones(2, 8)
+    monkeypatch.setattr(_rms_norm, "eager_triton_again", lambda *given: asked.append(given) or "y")
+
+    weight, residual = torch.ones(8), torch.ones(2, 8)
+    found = rms_norm_fp32(x, weight, 1e-5, weight_multiply="input", residual=residual)
+
+    assert found == "y"
+    assert [id(each) for each in asked[0][:3]] == [id(x), id(weight), id(residual)]
+    assert asked[0][3:] == (1e-5, "input")
+    assert not ways
+
+
 @pytest.mark.usefixtures("with_triton")
 def test_kernels_are_launched_on_plain_tensors_only(ways, monkeypatch):
     monkeypatch.setattr(_choice, "_STAND_FOR_PLAIN", (Wrapped,))
