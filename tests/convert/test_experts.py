@@ -361,3 +361,15 @@ def test_experts_without_a_gate_and_with_a_norm_are_grouped(planned):
     )
 
     torch.testing.assert_close(grouped_forward(experts, x, chosen, weights), expected * weights)
+
+
+@pytest.mark.usefixtures("exact")
+def test_experts_of_a_transformers_that_knows_of_no_norm_behind_them_are_grouped(planned):
+    model, batch = small_model("qwen3_moe"), batch_of("qwen3_moe")
+    expected = model(**batch).logits
+    apply(planned(model, "torch_mm"))
+    for experts in experts_of(model):
+        vars(experts).pop("has_post_expert_norm", None)
+        assert not hasattr(experts, "has_post_expert_norm")
+
+    assert_close(model(**batch).logits, expected, 1e-5)
