@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import torch
@@ -37,8 +38,10 @@ _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 PLAIN = (Tensor, nn.Parameter)
 # What compilers trace with, in a forward and in its backward, and what has shards of its own.
 _STAND_FOR_PLAIN = (FakeTensor, FunctionalTensor, DTensor)
+# Whether a tensor stands for another one in a transform of `torch.func`, or did in one that ended.
+is_wrapper: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 # Elements from which less memory traffic on a CPU is worth more than fewer calls.
-_WORTH_LESS_MEMORY = 2**17
+LARGE = 2**17
 
 
 def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
@@ -76,8 +79,7 @@ def is_plain(tensor: Tensor) -> bool:
         >>> is_plain(torch.ones(2)), is_plain(nn.Parameter(torch.ones(2)))
         (True, True)
     """
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return type(tensor) in PLAIN and not functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in PLAIN and not is_wrapper(tensor)
 
 
 def is_watched() -> bool:
@@ -143,7 +145,7 @@ def is_worth_less_memory(tensor: Tensor) -> bool:
         >>> is_worth_less_memory(torch.ones(64, 128))
         False
     """
-    return tensor.numel() >= _WORTH_LESS_MEMORY
+    return tensor.numel() >= LARGE
 
 
 def is_exporting() -> bool:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from automodel_fn.ops._launch import ceil_div
 from automodel_fn.ops._loss_terms import LossTerms
 
 _BLOCK, _NUM_WARPS = 2048, 8
@@ -202,7 +203,7 @@ def multiply_(values: Tensor, factor: Tensor) -> Tensor:
     """
     size = values.numel()
     if size:
-        launched: Any = _multiply[(min(triton.cdiv(size, _SCALE_BLOCK), _SCALE_PROGRAMS),)]
+        launched: Any = _multiply[(min(ceil_div(size, _SCALE_BLOCK), _SCALE_PROGRAMS),)]
         with torch.cuda.device_of(values):
             launched(values, factor, size, BLOCK=_SCALE_BLOCK, num_warps=8)
     return values

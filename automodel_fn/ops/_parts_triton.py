@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from automodel_fn.ops._launch import Launcher
+from automodel_fn.ops._launch import Launcher, ceil_div
 
 _ROWS, _BLOCK, _WARPS = 128, 16, 4
 
@@ -35,8 +35,7 @@ _launch_sum = Launcher(_sum_kernel)
 
 def new_parts(weight: Tensor, num_parts: int) -> Tensor:
     """`[num_parts, H]` in float32, not filled: what each program sums over its own rows."""
-    shape = (num_parts, weight.shape[0])
-    return torch.empty(shape, dtype=torch.float32, device=weight.device)
+    return weight.new_empty((num_parts, weight.shape[0]), dtype=torch.float32)
 
 
 def add_up(parts: Tensor, total: Tensor, alike: Hashable = None) -> None:
@@ -52,7 +51,7 @@ def add_up(parts: Tensor, total: Tensor, alike: Hashable = None) -> None:
         return
     num_parts, length = parts.shape
     _launch_sum(
-        (triton.cdiv(length, _BLOCK), 1, 1),
+        (ceil_div(length, _BLOCK), 1, 1),
         (parts, total, num_parts),
         (length, _ROWS, _BLOCK),
         num_warps=_WARPS,

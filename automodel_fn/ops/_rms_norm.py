@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops import _rms_norm_operators as operators
@@ -23,7 +24,13 @@ from automodel_fn.ops._choice import (
     kernel_choice,
 )
 from automodel_fn.ops._rms_norm_autograd import eager_torch, eager_triton, eager_triton_again
-from automodel_fn.ops._rms_norm_torch import added, composed, is_sharded_on_last, natively
+from automodel_fn.ops._rms_norm_torch import (
+    added,
+    composed,
+    is_sharded_on_last,
+    natively,
+    small_natively,
+)
 
 WeightMultiply = Literal["fp32", "input"]
 _WEIGHT_MULTIPLIES = ("fp32", "input")
@@ -104,14 +111,15 @@ def rms_norm_fp32(
         >>> total
         tensor([[6., 8.]], dtype=torch.bfloat16)
     """
-    if x.is_cuda and not torch.compiler.is_compiling():
-        found = eager_triton_again(x, weight, residual, eps, weight_multiply)
+    if not is_dynamo_compiling():
+        quickly = eager_triton_again if x.is_cuda else small_natively
+        found = quickly(x, weight, residual, eps, weight_multiply)
         if found is not None:
             return found
     if not _fits(x, weight, eps, weight_multiply, residual):
         lines = _complaints(x, weight, eps, weight_multiply, residual)
         raise ConfigError(itemized("rms_norm_fp32 cannot be computed:", lines))
-    if torch.compiler.is_compiling():
+    if is_compiling():
         by = _by_operators if is_exporting() else _by_operator
         return by(x, weight, eps, weight_multiply, residual)
     if not x.is_cuda or rms_norm_kernel(x, weight, residual).name == "torch":
@@ -210,7 +218,7 @@ def _by_operators(
 
 
 def _implementation(x: Tensor, weight: Tensor | None) -> Callable[..., Tensor]:
-    if not x.is_cpu or torch.compiler.is_compiling():
+    if not x.is_cpu or is_compiling():
         return composed
     if not is_plain(x) or not (weight is None or is_plain(weight)):
         return composed

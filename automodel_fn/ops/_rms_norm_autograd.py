@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from automodel_fn.ops._choice import (
     PLAIN,
     has_triton,
     is_transformed,
     is_watched,
+    is_wrapper,
     needs_gradients,
 )
+from automodel_fn.ops._functions import differentiable_once, plain_apply
 from automodel_fn.ops._rms_norm_torch import gradients, gradients_in_place, in_place
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -24,7 +25,15 @@ Output = Tensor | tuple[Tensor, Tensor]
 def eager_triton(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_multiply: str
 ) -> Output:
-    """By the kernels; both the norm and the sum where there is a residual."""
+    """By the kernels; both the norm and the sum where there is a residual.
+
+    Args:
+        x: Plain, on CUDA, as are the others, and checked.
+        weight: As for `rms_norm_fp32`.
+        residual: As for `rms_norm_fp32`.
+        eps: As for `rms_norm_fp32`.
+        weight_multiply: As for `rms_norm_fp32`.
+    """
     alike = _likeness(x, weight, residual, eps, weight_multiply)
     return _by_triton(x, weight, residual, eps, weight_multiply, alike, None)
 
@@ -60,14 +69,14 @@ def _likeness(x: Any, weight: Any, residual: Any, eps: Any, weight_multiply: Any
         return None
     of_weight = of_residual = None
     if weight is not None:
-        if type(weight) not in PLAIN or not weight.is_contiguous():
+        if type(weight) not in PLAIN or is_wrapper(weight) or not weight.is_contiguous():
             return None
         of_weight = weight.shape, weight.dtype, weight.get_device()
     if residual is not None:
-        if type(residual) is not Tensor or not residual.is_contiguous():
+        if type(residual) is not Tensor or is_wrapper(residual) or not residual.is_contiguous():
             return None
         of_residual = residual.shape, residual.dtype, residual.get_device()
-    if not x.is_contiguous():
+    if is_wrapper(x) or not x.is_contiguous():
         return None
     return x.shape, x.dtype, x.get_device(), of_weight, of_residual, eps, weight_multiply
 
@@ -81,11 +90,10 @@ def _by_triton(
     alike: Any,
     again: Any,
 ) -> Output:
-    options = eps, weight_multiply == "input", alike, again
+    rounds_first = weight_multiply == "input"
     if needs_gradients(x, weight, residual):
-        found: Any = _ByTriton.apply(x, weight, residual, *options)
-        return found
-    return _triton_forward(x, weight, residual, *options)
+        return _apply_triton(x, weight, residual, (eps, rounds_first, alike, again))
+    return _kernels().forward(x, residual, weight, eps, rounds_first, alike, again)
 
 
 def eager_torch(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -> Tensor:
@@ -109,20 +117,6 @@ def _kernels() -> Any:
     return _rms_norm_triton
 
 
-def _triton_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    rounds_first: bool,
-    alike: Any,
-    again: Any,
-) -> Output:
-    forward = _kernels().forward
-    y, total = forward(x, residual, weight, eps, rounds_first, alike=alike, again=again)
-    return y if total is None else (y, total)
-
-
 class _ByTriton(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -130,25 +124,22 @@ class _ByTriton(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         residual: Tensor | None,
-        eps: float,
-        rounds_first: bool,
-        alike: Any,
-        again: Any,
+        options: tuple[Any, ...],
     ) -> Output:
-        found = _triton_forward(x, weight, residual, eps, rounds_first, alike, again)
+        found = _kernels().forward(x, residual, weight, *options)
         ctx.save_for_backward(x if residual is None else found[1], weight)
-        ctx.options = eps, rounds_first, None if residual is None else residual.dtype, again
+        ctx.options, ctx.residual_dtype = options, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return found
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Any, ...]:
         dy, dsum = grad_outputs if len(grad_outputs) == 2 else (*grad_outputs, None)
         x, weight = ctx.saved_tensors
-        eps, rounds_first, residual_dtype, again = ctx.options
+        eps, rounds_first, _, again = ctx.options
         dx, dweight = dsum, None
         if dy is not None:
             of_weight = ctx.needs_input_grad[1]
@@ -156,9 +147,12 @@ class _ByTriton(torch.autograd.Function):
                 x, weight, dy, dsum, eps, rounds_first, of_weight=of_weight, again=again
             )
         dresidual = None
-        if dx is not None and residual_dtype is not None:
-            dresidual = dx.to(residual_dtype)
-        return dx, dweight, dresidual, None, None, None, None
+        if dx is not None and ctx.residual_dtype is not None:
+            dresidual = dx.to(ctx.residual_dtype)
+        return dx, dweight, dresidual, None
+
+
+_apply_triton = plain_apply(_ByTriton)
 
 
 class _ByTorch(torch.autograd.Function):

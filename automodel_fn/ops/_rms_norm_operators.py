@@ -23,7 +23,8 @@ def normed(x: Tensor, weight: Tensor | None, eps: float, weight_multiply: str) -
     if kernel_choice(x=x, weight=weight).name == "triton":
         from automodel_fn.ops._rms_norm_triton import forward
 
-        return forward(x, None, weight, eps, weight_multiply == "input")[0]
+        found: Any = forward(x, None, weight, eps, weight_multiply == "input")
+        return found
     return in_place(x, weight, eps, weight_multiply).contiguous()
 
 
@@ -35,9 +36,8 @@ def added_and_normed(
     if kernel_choice(x=x, weight=weight, residual=residual).name == "triton":
         from automodel_fn.ops._rms_norm_triton import forward
 
-        y, total = forward(x, residual, weight, eps, weight_multiply == "input")
-        assert total is not None
-        return y, total
+        both: Any = forward(x, residual, weight, eps, weight_multiply == "input")
+        return both
     total = added(x, residual).contiguous()
     return in_place(total, weight, eps, weight_multiply), total
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from automodel_fn.ops import _rms_norm_wide_triton as wide
-from automodel_fn.ops._launch import Launcher, Relaunch, num_processors
+from automodel_fn.ops._launch import Launcher, Relaunch, ceil_div, num_processors
 from automodel_fn.ops._parts_triton import add_up, new_parts
 from automodel_fn.ops._rms_norm_tiles import LARGEST, tile_for
 from automodel_fn.ops._rows import contiguous_like, rows_of
@@ -123,9 +123,7 @@ _launch_forward = Launcher(_forward_kernel)
 _launch_backward = Launcher(_backward_kernel)
 
 
-def forward_again(alike: Hashable) -> Relaunch | None:
-    """What `forward` launched when it was given `alike`, if it was."""
-    return _launch_forward.again(alike)
+forward_again = _launch_forward.again
 
 
 def forward(
@@ -134,11 +132,10 @@ def forward(
     weight: Tensor | None,
     eps: float,
     rounds_first: bool,
-    *,
     alike: Hashable = None,
     again: Relaunch | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The norm, contiguous, and what it is of where a residual is given.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The norm, contiguous; where a residual is given, that and what it is the norm of.
 
     Args:
         x: `[..., H]`.
@@ -151,22 +148,34 @@ def forward(
     """
     y = contiguous_like(x)
     total = None if residual is None else contiguous_like(x)
-    if (again is not None and again(x, residual, weight, y, total)) or not y.numel():
-        return y, total
+    if y.numel() and (again is None or not again(x, residual, weight, y, total)):
+        _forward(x, residual, weight, y, total, float(eps), rounds_first, alike)
+    return y if total is None else (y, total)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    y: Tensor,
+    total: Tensor | None,
+    eps: float,
+    rounds_first: bool,
+    alike: Hashable,
+) -> None:
     hidden = x.shape[-1]
     num_rows = x.numel() // hidden
     x, x_stride = rows_of(x, hidden)
     residual, residual_stride = (None, 0) if residual is None else rows_of(residual, hidden)
     weight = None if weight is None else weight.contiguous()
-    arguments = (x, residual, weight, y, total, x_stride, residual_stride, num_rows, float(eps))
+    arguments = (x, residual, weight, y, total, x_stride, residual_stride, num_rows, eps)
     if hidden > LARGEST:
         wide.forward(arguments, num_rows, hidden, rounds_first)
-        return y, total
+        return
     tile = tile_for(hidden)
-    grid = (triton.cdiv(num_rows, tile.rows), 1, 1)
+    grid = (ceil_div(num_rows, tile.rows), 1, 1)
     constants = (hidden, tile.rows, tile.block, rounds_first)
     _launch_forward(grid, arguments, constants, num_warps=tile.forward_warps, alike=alike)
-    return y, total
 
 
 def backward(
@@ -202,7 +211,7 @@ def backward(
         return dx, dweight
     tile = tile_for(hidden)
     most = tile.programs * num_processors(dx.get_device())
-    num_parts = min(most, triton.cdiv(num_rows, tile.rows))
+    num_parts = min(most, ceil_div(num_rows, tile.rows))
     parts = None if dweight is None else new_parts(dweight, num_parts)
     incoming = (dy.dtype, dy_stride, None if dsum is None else dsum.dtype, dsum_stride)
     alike = None if again is None else (again, *incoming, of_weight)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from automodel_fn.ops._launch import Launcher, num_processors
+from automodel_fn.ops._launch import Launcher, ceil_div, num_processors
 from automodel_fn.ops._parts_triton import add_up, new_parts
 
 _CHUNK = 4096
@@ -176,9 +176,9 @@ def backward(
     )
     if dweight is None:
         return
-    num_columns = triton.cdiv(hidden, _BLOCK)
+    num_columns = ceil_div(hidden, _BLOCK)
     most = max(1, 8 * num_processors(dx.get_device()) // num_columns)
-    parts = new_parts(dweight, min(most, triton.cdiv(num_rows, _ROWS)))
+    parts = new_parts(dweight, min(most, ceil_div(num_rows, _ROWS)))
     _launch_weight(
         (num_columns, parts.shape[0], 1),
         (x, dy, scale, parts, x_stride, dy_stride, num_rows),

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from automodel_fn.ops._autocast import without_autocast
 from automodel_fn.ops._choice import KernelChoice, is_direct, kernel_choice
+from automodel_fn.ops._functions import differentiable_once
 from automodel_fn.ops._routing_sums import gradients, weighted_sums
 
 
@@ -171,7 +171,7 @@ class _Dispatched(torch.autograd.Function):
         return x.index_select(0, tokens)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor, None, None]:
@@ -189,7 +189,7 @@ class _Combined(torch.autograd.Function):
             return _sums(rows, weights, places, dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -212,7 +212,7 @@ class _BiasOfRows(torch.autograd.Function):
         return bias.index_select(0, experts)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor, None]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from automodel_fn.ops._launch import Launcher
+from automodel_fn.ops._launch import Launcher, ceil_div
 from automodel_fn.ops._rows import rows_of
 
 _LARGEST_BLOCK = 2048
@@ -91,7 +91,7 @@ def weighted_sums(
     if sums.numel():
         rows, stride = rows_of(rows, columns)
         block = _block(columns)
-        blocks = triton.cdiv(columns, block)
+        blocks = ceil_div(columns, block)
         weights = None if weights is None else weights.contiguous()
         _launch_sums(
             (num_tokens * blocks, 1, 1),
@@ -134,7 +134,7 @@ def gradients(
 
 
 def _block(columns: int) -> int:
-    return min(_LARGEST_BLOCK, max(64, triton.next_power_of_2(columns)))
+    return min(_LARGEST_BLOCK, max(64, 1 << (columns - 1).bit_length()))
 
 
 def _warps(block: int) -> int:

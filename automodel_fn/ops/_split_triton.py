@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from automodel_fn.ops._launch import Launcher
+from automodel_fn.ops._launch import Launcher, ceil_div
 
 _BLOCK = 1024
 _NUM_WARPS = 4
@@ -51,7 +51,7 @@ def launch_split(x: Tensor, parts: Tensor) -> Tensor:
     num_rows, num_columns = x.shape
     sizes = (*x.stride(), parts.stride(0), parts.stride(1), num_columns)
     _launcher()(
-        (num_rows, triton.cdiv(num_columns, _BLOCK), 1),
+        (num_rows, ceil_div(num_columns, _BLOCK), 1),
         (x, parts, is_exact, *sizes),
         (len(parts), _BLOCK),
         num_warps=_NUM_WARPS,

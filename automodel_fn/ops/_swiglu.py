@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops._choice import (
@@ -21,6 +20,7 @@ from automodel_fn.ops._choice import (
     kernel_choice,
     needs_gradients,
 )
+from automodel_fn.ops._functions import differentiable_once
 from automodel_fn.ops._swiglu_operators import multiplied
 from automodel_fn.ops._swiglu_torch import composed, gradients, gradients_in_place, in_place
 
@@ -128,7 +128,7 @@ class _ByTriton(torch.autograd.Function):
         return _ByTriton.compute(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from automodel_fn.errors import ConfigError
 from automodel_fn.ops._choice import is_direct, needs_gradients
+from automodel_fn.ops._functions import differentiable_once
 from automodel_fn.ops._swiglu import swiglu, swiglu_kernel
 
 
@@ -55,7 +55,7 @@ class _Packed(torch.autograd.Function):
         return forward(*packed.chunk(2, dim=-1))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Any
     ) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from automodel_fn.ops._launch import Launcher
+from automodel_fn.ops._launch import Launcher, ceil_div
 from automodel_fn.ops._rows import contiguous_like, rows_of
 
 _BLOCK = 2048
@@ -122,9 +122,9 @@ def _laid_out(
     # ones are a single row; halves of a packed projection are rows with gaps between them.
     if all(tensor.is_contiguous() for tensor in tensors):
         columns = tensors[0].numel()
-        blocks = triton.cdiv(columns, _BLOCK)
+        blocks = ceil_div(columns, _BLOCK)
         return tensors, (columns,) * len(tensors), columns, blocks, blocks
     columns = tensors[0].shape[-1]
     rows, strides = zip(*(rows_of(tensor, columns) for tensor in tensors), strict=True)
-    blocks = triton.cdiv(columns, _BLOCK)
+    blocks = ceil_div(columns, _BLOCK)
     return rows, strides, columns, blocks, blocks * (tensors[0].numel() // columns)

@@ -23,12 +23,13 @@ class Kernels:
     def forward_again(self, alike):
         return self.known.get(alike)
 
-    def forward(self, x, residual, weight, eps, rounds_first, *, alike, again):
+    def forward(self, x, residual, weight, eps, rounds_first, alike, again):
         self.given.append(again)
         if alike is not None:
             self.known[alike] = f"launch {len(self.known)}"
-        total = None if residual is None else x + residual
-        return normed(x if total is None else total, weight, eps), total
+        if residual is None:
+            return normed(x, weight, eps)
+        return normed(x + residual, weight, eps), x + residual
 
     def backward(self, x, weight, dy, dsum, eps, rounds_first, *, of_weight, again):
         self.given.append(again)
@@ -152,6 +153,17 @@ def test_a_number_of_another_type_is_not_the_same(eps):
 
     assert eager_triton_again(**arguments(eps=1.0)) is not None
     assert eager_triton_again(**arguments(eps=eps)) is None
+
+
+@pytest.mark.parametrize("left", ["x", "weight", "residual"])
+def test_a_tensor_that_a_transform_left_behind_is_looked_at_anew(left):
+    given = arguments(residual=torch.ones(3, 4, 8).bfloat16(), weight=torch.ones(8))
+    eager_triton(**given)
+    wrappers = []
+    torch.func.grad(lambda tensor: wrappers.append(tensor) or tensor.sum())(given[left])
+
+    assert eager_triton_again(**given) is not None
+    assert eager_triton_again(**{**given, left: wrappers[0]}) is None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
