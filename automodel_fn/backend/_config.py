@@ -62,7 +62,8 @@ class BackendConfig:
         experts: Products of the experts: "auto", "torch" (one an expert), "torch_mm" (grouped),
             "torch_mm_mxfp8" (grouped, in MXFP8 by torchao), "gmm" or "te".
         dispatcher: How tokens reach their experts: "auto", "torch", "deepep", "hybridep" or
-            "uccl_ep". "torch" experts need the first.
+            "uccl_ep". "torch" experts need the first; "te" and "gmm" take it too, where each rank
+            has all experts.
         dispatcher_num_sms: How many multiprocessors of the GPU dispatching may take.
         dispatcher_share_token_dispatcher: Whether layers share the buffers of one dispatcher.
         dispatcher_async_dispatch: Whether DeepEP and UCCL-EP dispatch without being waited for.

@@ -101,8 +101,9 @@ def notes_for(runs: Values, found: Availability) -> Iterator[str]:
         yield "te_fp8 does not act on experts, if there are any: for that set experts='te'"
     if runs["experts"] in ("te", "gmm") and runs["dispatcher"] == "torch":
         yield (
-            f"experts={runs['experts']!r} with dispatcher='torch': no tokens go to other ranks, so "
-            "each rank has to have all experts"
+            f"experts={runs['experts']!r} with dispatcher='torch' runs as asked, since grouped "
+            "experts need no dispatcher: no tokens go to other ranks, so each rank has to have all "
+            "experts"
         )
     if runs["dispatcher"] == "hybridep":
         yield (
