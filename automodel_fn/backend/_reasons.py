@@ -21,6 +21,10 @@ TE_IN_FLOAT32 = (
     "attention by Transformer Engine is of weights that are stored in float32: without autocast or "
     "mixed precision it has no fast kernel; cast the model, or use attn='sdpa'"
 )
+GMM_IN_BF16 = (
+    "grouped_gemm multiplies in bf16 only, and experts are stored in another dtype: "
+    "cast the model, use torch.autocast, or experts='torch_mm'"
+)
 _FLEX = ("deepep", "hybridep", "uccl_ep")
 _FLEX_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "dispatcher_num_sms": _FLEX,

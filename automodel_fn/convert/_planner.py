@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.backend._probe import probe
-from automodel_fn.backend._reasons import FUSED_LOSS, TE_IN_FLOAT32
+from automodel_fn.backend._reasons import FUSED_LOSS, GMM_IN_BF16, TE_IN_FLOAT32
 from automodel_fn.backend._resolve import Resolution, resolve
 from automodel_fn.convert._around import Around, look_around
 from automodel_fn.convert._entries import SKIP, ModuleSwap
 from automodel_fn.convert._experts import GROUPED, GROUPED_EXPERTS_RULE
-from automodel_fn.convert._head_sizes import has_wide_te_attention
+from automodel_fn.convert._head_sizes import has_wide_te_attention, stored_dtype
 from automodel_fn.convert._misfits import is_other_half, misfits, words
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
@@ -170,6 +171,9 @@ def _notes(
     te_attention = {entry.name for entry in by_field.get("te_attn", []) if entry.changes}
     if any(has_wide_te_attention(around.by_name[name], around) for name in te_attention):
         yield TE_IN_FLOAT32
+    gmm = {entry.name for entry in by_field.get(_GROUPED, []) if entry.after == "gmm"}
+    if any(stored_dtype(around.by_name[name].module) != torch.bfloat16 for name in gmm):
+        yield GMM_IN_BF16
     yield from _without_modules(backend, around)
 
 
