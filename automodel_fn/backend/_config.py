@@ -24,10 +24,10 @@ from automodel_fn.backend._rules import (
     value_text,
 )
 from automodel_fn.backend._text import (
-    checked_fields,
     from_json,
     from_yaml,
     plain,
+    structured,
     to_yaml,
 )
 from automodel_fn.errors import ConfigError, itemized
@@ -62,7 +62,8 @@ class BackendConfig:
         experts: Products of the experts: "auto", "torch" (one an expert), "torch_mm" (grouped),
             "torch_mm_mxfp8" (grouped, in MXFP8 by torchao), "gmm" or "te".
         dispatcher: How tokens reach their experts: "auto", "torch", "deepep", "hybridep" or
-            "uccl_ep". "torch" experts need the first.
+            "uccl_ep". "torch" experts need the first; "te" and "gmm" take it too, where each rank
+            has all experts.
         dispatcher_num_sms: How many multiprocessors of the GPU dispatching may take.
         dispatcher_share_token_dispatcher: Whether layers share the buffers of one dispatcher.
         dispatcher_async_dispatch: Whether DeepEP and UCCL-EP dispatch without being waited for.
@@ -127,21 +128,32 @@ did you mean 'sdpa'?
             raise ConfigError(itemized("this BackendConfig cannot be made", lines))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in order, as strings, numbers, booleans and None.
+        """The fields in order, as strings, numbers, booleans and None; by cattrs.
 
         Raises:
             ConfigError: FP8 by a recipe object, which has no name.
+            BackendUnavailableError: cattrs is not installed: `pip install 'automodel_fn[config]'`.
+
+        Example:
+            >>> BackendConfig(te_fp8="block").to_dict()["te_fp8"]
+            'block'
         """
-        return plain(values_of(self))
+        return plain(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BackendConfig:
-        """The config of a mapping of fields; those that it does not have are the default's.
+        """The config of a mapping of fields, by cattrs; those that it lacks are the default's.
 
         Raises:
-            ConfigError: A key that no field has, with the nearest one, or a wrong value.
+            ConfigError: Keys that no field has, each with the nearest one, and wrong values; all
+                of them are listed.
+            BackendUnavailableError: cattrs is not installed: `pip install 'automodel_fn[config]'`.
+
+        Example:
+            >>> BackendConfig.from_dict({"attn": "sdpa"}) == BackendConfig(attn="sdpa")
+            True
         """
-        return cls(**checked_fields(data, (each.name for each in attrs.fields(cls))))
+        return structured(data, cls)
 
     def to_json(self) -> str:
         """The config as JSON text."""
@@ -153,12 +165,12 @@ did you mean 'sdpa'?
         return cls.from_dict(from_json(text))
 
     def to_yaml(self) -> str:
-        """The config as YAML text; needs PyYAML."""
+        """The config as YAML text; needs PyYAML too."""
         return to_yaml(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> BackendConfig:
-        """The config of a YAML text; see `from_dict`. Needs PyYAML."""
+        """The config of a YAML text; see `from_dict`. Needs PyYAML too."""
         return cls.from_dict(from_yaml(text))
 
 

@@ -21,6 +21,10 @@ TE_IN_FLOAT32 = (
     "attention by Transformer Engine is of weights that are stored in float32: without autocast or "
     "mixed precision it has no fast kernel; cast the model, or use attn='sdpa'"
 )
+GMM_IN_BF16 = (
+    "grouped_gemm multiplies in bf16 only, and experts are stored in another dtype: "
+    "cast the model, use torch.autocast, or experts='torch_mm'"
+)
 _FLEX = ("deepep", "hybridep", "uccl_ep")
 _FLEX_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "dispatcher_num_sms": _FLEX,
@@ -101,8 +105,9 @@ def notes_for(runs: Values, found: Availability) -> Iterator[str]:
         yield "te_fp8 does not act on experts, if there are any: for that set experts='te'"
     if runs["experts"] in ("te", "gmm") and runs["dispatcher"] == "torch":
         yield (
-            f"experts={runs['experts']!r} with dispatcher='torch': no tokens go to other ranks, so "
-            "each rank has to have all experts"
+            f"experts={runs['experts']!r} with dispatcher='torch' runs as asked, since grouped "
+            "experts need no dispatcher: no tokens go to other ranks, so each rank has to have all "
+            "experts"
         )
     if runs["dispatcher"] == "hybridep":
         yield (

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from automodel_fn.backend._config import BackendConfig
+from automodel_fn.backend._text import cannot_be_made, names_of, no_field
 from automodel_fn.errors import ConfigError
 
 FIELDS = (
@@ -38,13 +41,18 @@ def asked_backend(
 
     Raises:
         ConfigError: The file cannot be read, or something in it or in the fields is wrong.
+        BackendUnavailableError: To read files, cattrs or PyYAML is missing; fields need neither.
     """
     named = zip(FIELDS, fields, strict=True)
     given = {name: _value(value) for name, value in named if value is not None}
     given |= dict(map(_assigned, assignments))
-    if file is None:
-        return BackendConfig.from_dict(given) if given else None
-    return BackendConfig.from_dict({**_read(file).to_dict(), **given})
+    names = names_of(BackendConfig)
+    unknown = [no_field(name, names) for name in given if name not in names]
+    if unknown:
+        raise cannot_be_made(BackendConfig, given, unknown)
+    if file is not None:
+        return attrs.evolve(_read(file), **given)
+    return BackendConfig(**given) if given else None
 
 
 def _assigned(text: str) -> tuple[str, Any]:

@@ -9,7 +9,8 @@ import attrs
 import torch
 
 from automodel_fn.backend._config import BackendConfig
-from automodel_fn.dtypes import bf16, dtype_name, parse_castable
+from automodel_fn.backend._text import plain_value
+from automodel_fn.dtypes import bf16, parse_castable
 from automodel_fn.errors import ConfigError
 
 
@@ -60,7 +61,10 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
-        data = attrs.asdict(self, filter=lambda field, _: field.name != "backend")
-        data["backend"] = None if self.backend is None else self.backend.to_dict()
-        data |= {"dtype": dtype_name(self.dtype), "out": str(self.out)}
-        return data | {"data": [str(path) for path in self.data]}
+        return attrs.asdict(self, value_serializer=lambda _, __, value: _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else plain_value(value)

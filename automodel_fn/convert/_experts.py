@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from automodel_fn.convert._around import Around
+from automodel_fn.convert._head_sizes import stored_dtype
 from automodel_fn.convert._parts import Part, is_experts
 from automodel_fn.convert._rule_linear import no_multiple
 from automodel_fn.convert._rules import Rule
@@ -98,8 +100,15 @@ def _refusal(part: Part, around: Around) -> str:
     stacked = [getattr(experts, name, None) for name in names]
     if not all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in stacked):
         return f"its {' and '.join(names)} are no stacked weights"
-    asked = around.asked[GROUPED_EXPERTS_RULE.field]
-    return unfit_experts(experts) if asked == "te" and around.asked["te_fp8"] != "none" else ""
+    return ""
+
+
+def _unfit(part: Part, around: Around) -> str:
+    if around.asked[GROUPED_EXPERTS_RULE.field] != "te":
+        return ""
+    if stored_dtype(part.module) == torch.float64:
+        return "its weights are stored in float64"
+    return unfit_experts(part.module) if around.asked["te_fp8"] != "none" else ""
 
 
 def unfit_experts(experts: nn.Module) -> str:
@@ -118,5 +127,8 @@ GROUPED_EXPERTS_RULE = Rule(
     own="none",
     is_candidate=_is_candidate,
     refusal=_refusal,
+    unfit=_unfit,
+    instead="say experts='auto', store the weights in fp32, fp16 or bf16, or leave FP8 off "
+    "(te_fp8=None)",
     remark=", in the place of transformers' own forward",
 )

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from automodel_fn.backend._availability import Availability
 from automodel_fn.backend._config import BackendConfig
 from automodel_fn.backend._probe import probe
-from automodel_fn.backend._reasons import FUSED_LOSS, TE_IN_FLOAT32
+from automodel_fn.backend._reasons import FUSED_LOSS, GMM_IN_BF16, TE_IN_FLOAT32
 from automodel_fn.backend._resolve import Resolution, resolve
 from automodel_fn.convert._around import Around, look_around
 from automodel_fn.convert._entries import SKIP, ModuleSwap
 from automodel_fn.convert._experts import GROUPED, GROUPED_EXPERTS_RULE
-from automodel_fn.convert._head_sizes import has_wide_te_attention
+from automodel_fn.convert._head_sizes import has_wide_te_attention, stored_dtype
+from automodel_fn.convert._misfits import is_other_half, misfits, words
 from automodel_fn.convert._parts import scanned, skipped_parts
 from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.convert._recipes import recipe_word
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
 from automodel_fn.dtypes import dtype_name
-from automodel_fn.errors import ConfigError
+from automodel_fn.errors import BackendUnavailableError, ConfigError, itemized
 from automodel_fn.plans import WeakObjects
 
 _GROUPED = GROUPED_EXPERTS_RULE.field
@@ -51,7 +53,9 @@ def backend_plan(
         The plan, to read, compare, write to JSON, and `apply`.
 
     Raises:
-        BackendUnavailableError: What was asked for by name cannot run there.
+        BackendUnavailableError: What was asked for by name cannot run there, or no module of the
+            model has the sizes or the dtype for it; all of it is listed. Where some modules have
+            them, the others stay as they are, and the plan says why.
         ConfigError: A pattern that matches no module, or an argument of another kind.
 
     Example:
@@ -73,9 +77,15 @@ def backend_plan(
         has_gpu=bool(found.devices),
     )
     entries = tuple(_entries(around))
+    by_field: dict[str, list[ModuleSwap]] = {}
+    for entry in entries:
+        by_field.setdefault(entry.field, []).append(entry)
+    unfit = list(misfits(around, by_field))
+    if unfit:
+        raise BackendUnavailableError(itemized("this backend cannot run in this model", unfit))
     return BackendPlan(
         entries,
-        notes=tuple(_notes(resolution.backend, around, entries)),
+        notes=tuple(_notes(resolution.backend, around, by_field)),
         model_ref=WeakObjects(model),
     )
 
@@ -149,32 +159,31 @@ def _entries(around: Around) -> Iterator[ModuleSwap]:
 
 
 def _notes(
-    backend: BackendConfig, around: Around, entries: tuple[ModuleSwap, ...]
+    backend: BackendConfig, around: Around, by_field: Mapping[str, list[ModuleSwap]]
 ) -> Iterator[str]:
     """What is asked for by name and comes to nothing, and what "auto" takes away."""
-    by_field: dict[str, list[ModuleSwap]] = {}
-    for entry in entries:
-        by_field.setdefault(entry.field, []).append(entry)
     for field, choice in around.asked.items():
         found = by_field.get(field, [])
-        # Grouped experts that cannot be ours are transformers', where it has a forward for them.
-        if field not in around.chosen and not (field == _GROUPED and "experts" in around.asked):
+        if field not in around.chosen and not is_other_half(field, around):
             yield from _in_vain(field, choice, found)
         elif field == "loss" and any(entry.changes and entry.after == "fused" for entry in found):
             yield FUSED_LOSS
     te_attention = {entry.name for entry in by_field.get("te_attn", []) if entry.changes}
     if any(has_wide_te_attention(around.by_name[name], around) for name in te_attention):
         yield TE_IN_FLOAT32
+    gmm = {entry.name for entry in by_field.get(_GROUPED, []) if entry.after == "gmm"}
+    if any(stored_dtype(around.by_name[name].module) != torch.bfloat16 for name in gmm):
+        yield GMM_IN_BF16
     yield from _without_modules(backend, around)
 
 
 def _in_vain(field: str, choice: str, entries: Sequence[ModuleSwap]) -> Iterator[str]:
-    name = "experts" if field == _GROUPED else field
+    asked = "=".join(words(field, choice))
     if entries and all(entry.action == SKIP for entry in entries):
-        yield f"{name}={choice} was asked for, and no module got it: {entries[0].reason}"
+        yield f"{asked} was asked for, and no module got it: {entries[0].reason}"
     rule = MODULE_RULES.get(field)
     if not entries and not (rule is not None and choice == rule.own):
-        yield f"{name}={choice} has nothing to act on in this model"
+        yield f"{asked} has nothing to act on in this model"
 
 
 def _without_modules(backend: BackendConfig, around: Around) -> Iterator[str]:

@@ -24,13 +24,17 @@ class ConfigRule:
         words: The values of the attribute, by the field's words for them.
         reads: Whether a module reads the setting.
         refusal: Why these modules cannot have what was asked for, or "".
+        unfit: Which of their sizes what was asked for cannot run, or "".
+        instead: What to ask for where no module of a model fits.
     """
 
     field: str
     attribute: str = attrs.field(kw_only=True)
     words: Mapping[str, str] = attrs.field(kw_only=True)
     reads: Callable[[Part], bool] = attrs.field(kw_only=True)
-    refusal: Callable[[Part, Around, str], str] = attrs.field(kw_only=True)
+    refusal: Callable[[Part, Around], str] = attrs.field(kw_only=True)
+    unfit: Callable[[Part, Around], str] = attrs.field(kw_only=True)
+    instead: str = attrs.field(kw_only=True)
 
     def readers(self, parts: Iterable[Part]) -> list[list[Part]]:
         """The modules that read the setting, together where they read it from one config."""
@@ -74,10 +78,14 @@ class ConfigRule:
             pattern = around.skipped[id(left[0].module)]
             shared = "" if len(left) == len(readers) else ", whose config all of these read"
             return SKIP, f"skip={pattern!r}{shared}"
-        refusal = self.refusal(readers[0], around, asked)
+        refusal = self.refusal(readers[0], around) or self.unfit(readers[0], around)
         if refusal:
             return SKIP, refusal
         return SWAP, f"{around.as_asked(self.field)}, by their config"
+
+    def misfit(self, part: Part, around: Around) -> str:
+        """Why modules that are skipped are unfit, or "" where something else is in the way."""
+        return "" if self.refusal(part, around) else self.unfit(part, around)
 
 
 def _reads_attention(part: Part) -> bool:
@@ -85,7 +93,8 @@ def _reads_attention(part: Part) -> bool:
     return has_config and "ALL_ATTENTION_FUNCTIONS" in names_in(part.own)
 
 
-def _attention_refusal(part: Part, around: Around, asked: str) -> str:
+def _attention_refusal(part: Part, around: Around) -> str:
+    asked = around.asked["attn"]
     supports = {"sdpa": "_supports_sdpa", "flex": "_supports_flex_attn"}
     if asked not in ("eager", *supports):
         return f"transformers has no attention {asked!r} for its own models"
@@ -93,11 +102,21 @@ def _attention_refusal(part: Part, around: Around, asked: str) -> str:
     owner = next(owners, None)
     if asked in supports and owner is not None and not getattr(owner.own, supports[asked]):
         return f"{owner.class_name} of transformers does not support {asked}"
-    return unfit_for_flex(part.module) if asked == "flex" and around.has_gpu else ""
+    return ""
 
 
-def _experts_refusal(part: Part, around: Around, asked: str) -> str:
-    return "" if asked in EXPERTS.words else "transformers has no experts in MXFP8"
+def _unfit_attention(part: Part, around: Around) -> str:
+    is_flex = around.asked["attn"] == "flex"
+    return unfit_for_flex(part.module) if is_flex and around.has_gpu else ""
+
+
+def _no_refusal(part: Part, around: Around) -> str:
+    return ""
+
+
+def _unfit_experts(part: Part, around: Around) -> str:
+    is_known = around.asked["experts"] in EXPERTS.words
+    return "" if is_known else "transformers has no experts in MXFP8"
 
 
 ATTENTION = ConfigRule(
@@ -106,11 +125,15 @@ ATTENTION = ConfigRule(
     words={"eager": "eager", "sdpa": "sdpa", "flex": "flex_attention"},
     reads=_reads_attention,
     refusal=_attention_refusal,
+    unfit=_unfit_attention,
+    instead="say attn='auto', or 'eager'",
 )
 EXPERTS = ConfigRule(
     "experts",
     attribute="_experts_implementation_internal",
     words={"torch": "eager", "torch_mm": "grouped_mm"},
     reads=is_experts,
-    refusal=_experts_refusal,
+    refusal=_no_refusal,
+    unfit=_unfit_experts,
+    instead="say experts='auto', or 'te' with te_fp8='mxfp8'",
 )

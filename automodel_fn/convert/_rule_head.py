@@ -32,10 +32,15 @@ def _refusal(part: Part, around: Around) -> str:
         return f"it is an LMHead that was made for {own}; make it with precision={_asked(around)!r}"
     if part.own.forward is not nn.Linear.forward:
         return f"it is a {part.class_name}, and no plain Linear"
+    stored: Any = part.module.weight
+    return _narrowed(part, around, stored.dtype)
+
+
+def _unfit(part: Part, around: Around) -> str:
     weight: Any = part.module.weight
     if num_parts_of(weight.dtype) is None:
         return f"its weight is stored in {dtype_name(weight.dtype)}, and not in fp32, fp16 or bf16"
-    return _narrowed(part, around, weight.dtype)
+    return ""
 
 
 def _made_for(part: Part) -> str:
@@ -72,6 +77,8 @@ HEAD_RULE = Rule(
     own="none",
     is_candidate=_is_head,
     refusal=_refusal,
+    unfit=_unfit,
+    instead="say lm_head_precision=None, or cast the head",
     keeping=_keeping,
     remark=": its logits are float32; all but fp32 takes bf16 hidden states",
 )

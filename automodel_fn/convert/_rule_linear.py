@@ -23,6 +23,11 @@ def _refusal(part: Part, around: Around) -> str:
         return f"{part.class_name} has a forward of its own"
     if "parametrizations" in module._modules:
         return "its parameters are parametrized"
+    return ""
+
+
+def _unfit(part: Part, around: Around) -> str:
+    module: Any = part.module
     weight = module.weight
     if not weight.is_floating_point() or weight.dtype.itemsize not in (2, 4):
         return f"its weight is stored in {str(weight.dtype).removeprefix('torch.')}"
@@ -66,6 +71,9 @@ LINEAR_RULE = Rule(
     own="torch",
     is_candidate=_is_linear,
     refusal=_refusal,
+    unfit=_unfit,
+    instead="say linear='torch', store the weights in fp32, fp16 or bf16, or leave FP8 off "
+    "(te_fp8=None)",
     keeping=_keeping,
     is_listed=True,
 )

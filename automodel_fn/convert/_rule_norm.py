@@ -55,6 +55,13 @@ def _refusal(part: Part, around: Around) -> str:
     return _te_refusal(module, is_weighted) if around.asked["rms_norm"] == "te" else ""
 
 
+def _unfit(part: Part, around: Around) -> str:
+    weight = part.module._parameters.get("weight")
+    if around.asked["rms_norm"] != "te" or weight is None or weight.dtype.itemsize <= 4:
+        return ""
+    return f"its weight is stored in {dtype_name(weight.dtype)}"
+
+
 def _gated_refusal(part: Part, around: Around) -> str:
     if gated_convention(part.own, is_norm_first(part.module)) is None:
         return "tried on a few values, its forward is none of the RMSNorms that are known here"
@@ -73,11 +80,15 @@ def _te_refusal(module: Any, is_weighted: bool) -> str:
         return "Transformer Engine has no RMSNorm without a weight"
     if isinstance(module, nn.RMSNorm):
         return "it is PyTorch's own; build.rms_norm(..., backend='te') makes one that is not"
-    if module.weight.dtype.itemsize > 4:
-        return f"its weight is stored in {dtype_name(module.weight.dtype)}"
     return ""
 
 
 RMS_NORM_RULE = Rule(
-    "rms_norm", own="torch", is_candidate=_is_norm, refusal=_refusal, is_listed=True
+    "rms_norm",
+    own="torch",
+    is_candidate=_is_norm,
+    refusal=_refusal,
+    unfit=_unfit,
+    instead="say rms_norm='torch_fp32', or cast the model",
+    is_listed=True,
 )

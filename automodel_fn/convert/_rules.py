@@ -26,7 +26,9 @@ class Rule:
         field: The field.
         own: The word for what the module does of itself.
         is_candidate: Whether the field has anything to do with the module.
-        refusal: Why the module cannot have what was asked for, or "".
+        refusal: Why the module cannot be exchanged for what was asked for, or "".
+        unfit: Which of its sizes or dtypes what was asked for cannot run, or "".
+        instead: What to ask for where no module of a model fits.
         keeping: Why the module is better left as it is, or "".
         is_listed: Whether modules are listed also where they run and were asked to run as they are.
         remark: What is to be known of a swapped module, after who asked for it.
@@ -36,6 +38,8 @@ class Rule:
     own: str = attrs.field(kw_only=True)
     is_candidate: Callable[[Part, Around], bool] = attrs.field(kw_only=True)
     refusal: Refusal = attrs.field(default=_no_refusal, kw_only=True)
+    unfit: Refusal = attrs.field(default=_no_refusal, kw_only=True)
+    instead: str = attrs.field(default="", kw_only=True)
     keeping: Refusal = attrs.field(default=_no_refusal, kw_only=True)
     is_listed: bool = attrs.field(default=False, kw_only=True)
     remark: str = attrs.field(default="", kw_only=True)
@@ -71,10 +75,16 @@ class Rule:
             keeping = self.keeping(part, around)
             if keeping:
                 return KEEP, keeping
-            refusal = refusal or self.refusal(part, around)
+            refusal = refusal or self.refusal(part, around) or self.unfit(part, around)
         if refusal:
             return SKIP, refusal
         return SWAP, who if asked == self.own else who + self.remark
+
+    def misfit(self, part: Part, around: Around) -> str:
+        """Why a module that is skipped is unfit, or "" where something else is in the way."""
+        if common_refusal(part) or self.refusal(part, around):
+            return ""
+        return self.unfit(part, around)
 
 
 def common_refusal(part: Part) -> str:

@@ -110,6 +110,10 @@ def _refusal(part: Part, around: Around) -> str:
     owner: Any = next(owners, None)
     if owner is not None and not owner.own._supports_sdpa:
         return f"{owner.class_name} of transformers does not support sdpa, whose masks it takes"
+    return ""
+
+
+def _unfit(part: Part, around: Around) -> str:
     return unfit_for_te(part.module)
 
 
@@ -119,5 +123,7 @@ TE_ATTENTION_RULE = Rule(
     own="False",
     is_candidate=is_attention,
     refusal=_refusal,
+    unfit=_unfit,
+    instead="say attn='auto', or 'sdpa'",
     remark=", by attn='te'; its masks are those of sdpa",
 )

@@ -13,6 +13,7 @@ from automodel_fn.convert._apply import apply_backend_plan
 from automodel_fn.convert._plan import BackendPlan
 from automodel_fn.convert._planner import backend_plan
 from automodel_fn.convert._rulebook import CONFIG_RULES, MODULE_RULES
+from automodel_fn.errors import BackendUnavailableError
 from automodel_fn.testing._facts import demand, demand_none
 
 
@@ -26,7 +27,8 @@ def check_swaps(model: nn.Module, moves: Sequence[BackendConfig | None]) -> None
 
     Args:
         model: A model; at the end it is as before.
-        moves: A backend to plan and apply, or None to take back the last plan that stands.
+        moves: A backend to plan and apply, or None to take back the last plan that stands. A
+            backend that cannot run here, or in no module of the model, is no move.
 
     Raises:
         AssertionError: It does not hold.
@@ -39,16 +41,24 @@ def check_swaps(model: nn.Module, moves: Sequence[BackendConfig | None]) -> None
     standing: list[BackendPlan] = []
     for move in moves:
         if move is not None:
-            plan = backend_plan(model, move)
-            apply_backend_plan(plan, model)
-            demand_none("not as planned", _unlike(plan, model, move))
-            standing.append(plan)
+            standing += _taken(model, move)
         elif standing:
             _take_back(standing.pop(), model)
         demand(_kept(model) == kept, "a swap changed parameters or the keys of the state dict")
     while standing:
         _take_back(standing.pop(), model)
     demand_none("not where it began", _differences(before, _facts(model)))
+
+
+def _taken(model: nn.Module, move: BackendConfig) -> Iterator[BackendPlan]:
+    """The plan that was applied; none where no module of the model fits the backend."""
+    try:
+        plan = backend_plan(model, move)
+    except BackendUnavailableError:
+        return
+    apply_backend_plan(plan, model)
+    demand_none("not as planned", _unlike(plan, model, move))
+    yield plan
 
 
 def _take_back(plan: BackendPlan, model: nn.Module) -> None:

@@ -298,8 +298,34 @@ def test_one_rank_has_no_gradients_to_hold_back(cpu, world_size, num_notes):
 def test_grouped_experts_without_a_dispatcher_are_told_what_each_rank_has_to_have(machine, experts):
     found = machine((9, 0), te="2.20.2", grouped_gemm="0.3", deep_ep="1.2", world_size=8)
     said = "each rank has to have all experts"
-    alone = resolve(BackendConfig(experts=experts, dispatcher="torch"), found)
+    asked = BackendConfig(experts=experts, dispatcher="torch")
+    alone = resolve(asked, found)
 
+    assert (alone.backend.experts, alone.backend.dispatcher) == (experts, "torch")
+    assert resolve(asked, attrs.evolve(found, world_size=1)).notes == alone.notes
+    assert any("runs as asked, since grouped experts need no" in note for note in alone.notes)
     assert [said in note for note in alone.notes].count(True) == 1
     for other in (BackendConfig(experts=experts, dispatcher="deepep"), BackendConfig()):
         assert not any(said in note for note in resolve(other, found).notes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [
+        ({"experts": "gmm"}, "grouped_gemm is not installed"),
+        ({"experts": "torch_mm_mxfp8"}, "compute capability 9.0, at least 10.0 is needed"),
+        ({"te_fp8": "mxfp8"}, "compute capability 9.0, at least 10.0 is needed"),
+        ({"dispatcher": "deepep"}, "world_size=1, at least 2 ranks are needed"),
+    ],
+)
+def test_what_lacks_its_package_its_gpu_or_its_ranks_is_an_error(machine, asked, missing):
+    found = machine((9, 0), te="2.20.2", torchao="0.14", deep_ep="1.2")
+    (line,) = refused(BackendConfig(**asked), found)
+
+    ((name, value),) = asked.items()
+    assert line.startswith(f"{name}={value!r}: ")
+    assert missing in line
+    assert "; here can run: " in line
+    enough = machine((10, 0), te="2.20.2", torchao="0.14", deep_ep="1.2", grouped_gemm="0.3")
+    runs = resolve(BackendConfig(**asked), attrs.evolve(enough, world_size=2)).backend
+    assert getattr(runs, name) == getattr(BackendConfig(**asked), name)

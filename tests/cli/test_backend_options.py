@@ -1,9 +1,17 @@
 import json
+import sys
 
 import pytest
 import torch
 
-from automodel_fn import BackendConfig, BackendPlan, CastPlan, ConfigError, apply
+from automodel_fn import (
+    BackendConfig,
+    BackendPlan,
+    BackendUnavailableError,
+    CastPlan,
+    ConfigError,
+    apply,
+)
 from automodel_fn.cli._backends import FIELDS, asked_backend
 from automodel_fn.cli._display import Display, console
 from automodel_fn.cli._settings import TrainSettings
@@ -164,3 +172,31 @@ def test_a_run_shows_its_backend_plan(cli, tmp_path, text_file):
     assert code == 0, err
     assert shown.index("Backend plan") < shown.index("Cast plan")
     assert "note: the fused loss makes no logits" in " ".join(shown.split())
+
+
+def test_fields_need_no_package_for_files_and_a_file_says_which_it_needs(
+    monkeypatch, tmp_path, file
+):
+    monkeypatch.setitem(sys.modules, "cattrs", None)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    found = asked_backend(None, ("sdpa", *(None,) * 9), ("te_fp8=block", "gate_precision=fp32"))
+
+    assert found == BackendConfig(attn="sdpa", te_fp8="block", gate_precision="fp32")
+    told = TrainSettings(out=tmp_path, data=(file,), backend=found).to_dict()
+    assert (told["backend"]["te_fp8"], told["backend"]["gate_precision"]) == ("block", "float32")
+    assert (told["dtype"], told["out"], told["data"]) == ("bfloat16", str(tmp_path), [str(file)])
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'automodel_fn\[config\]'"):
+        asked_backend(file, NOTHING)
+
+
+def test_all_that_is_wrong_with_options_is_said_at_once():
+    with pytest.raises(ConfigError) as caught:
+        asked_backend(None, ("spda", *(None,) * 9), ("compile_atn=3", "zzz=1"))
+
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines[:2] == [
+        "'compile_atn' is no field; did you mean 'compile_attn'?",
+        "'zzz' is no field",
+    ]
+    assert lines[2].startswith("attn='spda' must be one of ")
+    assert lines[3] == "compile_attn=3 must be True or False"

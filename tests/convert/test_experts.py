@@ -143,7 +143,7 @@ def test_one_choice_after_another_is_that_choice(first, second, planned):
 @pytest.mark.parametrize("choice", ["te", "gmm"])
 @pytest.mark.usefixtures("classes")
 def test_what_transformers_does_not_know_leaves_its_configs_alone(choice, planned):
-    model = small_model("qwen3_moe")
+    model = small_model("qwen3_moe", dtype=torch.bfloat16)
     before = model.config._experts_implementation
     plan = planned(model, choice)
     apply(plan)
@@ -373,3 +373,13 @@ def test_experts_of_a_transformers_that_knows_of_no_norm_behind_them_are_grouped
         assert not hasattr(experts, "has_post_expert_norm")
 
     assert_close(model(**batch).logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize("choice", ["gmm", "torch_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_that_grouped_gemm_multiplies_in_bf16_only_is_a_note(dtype, choice, planned):
+    notes = planned(small_model("mixtral", dtype=dtype), choice).notes
+    told = [note for note in notes if "grouped_gemm multiplies in bf16 only" in note]
+
+    assert len(told) == (choice == "gmm" and dtype == torch.float32)
+    assert all("cast the model, use torch.autocast, or experts='torch_mm'" in note for note in told)

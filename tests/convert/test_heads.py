@@ -186,7 +186,6 @@ class Head(nn.Linear):
     ("head", "reason"),
     [
         (Head(32, 96), "it is a Head, and no plain Linear"),
-        (nn.Linear(32, 96).double(), "its weight is stored in float64, and not in fp32,"),
         (LMHead(32, 96, precision="bf16"), "it is an LMHead that was made for bf16; make it with"),
     ],
 )

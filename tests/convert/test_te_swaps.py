@@ -9,7 +9,7 @@ from convert_families import OWN, batch_of, small_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from automodel_fn import apply, backend_plan, step_context
+from automodel_fn import BackendUnavailableError, apply, backend_plan, step_context
 
 TE = attrs.evolve(OWN, linear="te")
 pytestmark = pytest.mark.usefixtures("classes")
@@ -184,12 +184,12 @@ def test_fp8_is_left_off_where_experts_have_a_size_that_it_cannot_have(gpu, auto
     model = small_model("mixtral", intermediate_size=24)
     apply(backend_plan(model, attrs.evolve(OWN, experts="te"), availability=gpu))
     asked = attrs.evolve(OWN, experts="te", te_fp8="current")
-    found = actions(backend_plan(model, asked, availability=gpu), "te_fp8")
 
-    assert {action for action, _ in found.values()} == {"skip"}
-    assert found[""][1].startswith(
-        "model.layers.0.mlp.experts: a size of down_proj=24 is no multiple of 16"
-    )
+    with pytest.raises(
+        BackendUnavailableError,
+        match=r"te_fp8='current': no module .*: model.layers.0.mlp.experts: a size of down_proj=24",
+    ):
+        backend_plan(model, asked, availability=gpu)
 
 
 class DotProductAttention(nn.Module):
@@ -273,17 +273,47 @@ def test_attention_with_sinks_is_left_alone(gpu, attention):
 
 
 def test_fp8_is_left_off_where_a_layer_has_a_size_that_it_cannot_have(gpu, autocasts):
-    model = nn.Sequential(nn.Linear(32, 20), nn.Linear(20, 32))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(20, 32))
     apply(backend_plan(model, TE, availability=gpu))
     plan = backend_plan(model, attrs.evolve(TE, te_fp8="current"), availability=gpu)
+    found = actions(plan, "te_fp8")
+
+    assert {name: action for name, (action, _) in found.items()} == {
+        "": "skip",
+        "0": "swap",
+        "1": "skip",
+    }
+    assert found["1"][1].startswith("1: in_features=20 is no multiple of 16")
+    assert found[""] == found["1"]
+    with pytest.raises(BackendUnavailableError, match=r"te_fp8='current': no module .* 1: in_feat"):
+        backend_plan(model[1:], attrs.evolve(TE, te_fp8="current"), availability=gpu)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "said"),
+    [
+        (nn.Sequential(nn.ReLU()), {"linear": "te"}, "becomes it; say linear='te' or"),
+        (nn.Sequential(nn.Linear(16, 16)), {"linear": "torch"}, "becomes it; say linear='te' or"),
+        (nn.Sequential(nn.Linear(20, 16)), {"linear": "auto"}, "(0: in_features=20 is no mult"),
+    ],
+)
+def test_fp8_without_a_layer_to_act_on_is_an_error(model, fields, said, gpu):
+    asked = attrs.evolve(TE, te_fp8="current", experts="auto", dispatcher="auto", **fields)
+
+    with pytest.raises(BackendUnavailableError) as caught:
+        backend_plan(model, asked, availability=gpu)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.strip().startswith(
+        "te_fp8='current': no module of this model can have it: no layer in it is Transformer "
+        "Engine's, or becomes it"
+    )
+    assert said in line
+
+
+def test_fp8_without_a_layer_that_is_not_skipped_is_a_note(gpu):
+    asked = attrs.evolve(TE, te_fp8="current")
+    plan = backend_plan(nn.Sequential(nn.Linear(16, 16)), asked, availability=gpu, skip="0")
 
     assert {action for action, _ in actions(plan, "te_fp8").values()} == {"skip"}
-    assert actions(plan, "te_fp8")["1"][1].startswith("1: in_features=20 is no multiple of 16")
-
-
-def test_fp8_without_a_layer_to_act_on_is_a_note(gpu):
-    plan = backend_plan(
-        nn.Sequential(nn.ReLU()), attrs.evolve(TE, te_fp8="current"), availability=gpu
-    )
-
-    assert "te_fp8=current has nothing to act on in this model" in plan.notes
+    (note,) = [note for note in plan.notes if note.startswith("te_fp8=")]
+    assert note.endswith("no layer in it becomes Transformer Engine's: skip='0'")

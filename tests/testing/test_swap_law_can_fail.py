@@ -1,8 +1,9 @@
 import pytest
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from automodel_fn import BackendConfig
+from automodel_fn import BackendConfig, BackendUnavailableError, backend_plan
 from automodel_fn.convert import _changes
 from automodel_fn.testing import check_swaps
 
@@ -17,6 +18,23 @@ def model():
 @pytest.mark.parametrize("moves", [[], [None], [FP32], [FP32, None, FP32], [TORCH, FP32, TORCH]])
 def test_it_holds(model, moves):
     check_swaps(model, moves)
+
+
+def test_a_backend_that_no_module_fits_is_no_move():
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=32,
+        )
+    ).double()
+    move = BackendConfig(lm_head_precision="fp32")
+    with pytest.raises(BackendUnavailableError):
+        backend_plan(model, move)
+
+    check_swaps(model, [FP32, move, None])
 
 
 def _replacing(monkeypatch, change):
