@@ -12,6 +12,7 @@ from automodel_fn import (
     logits_path,
     weight_parts,
 )
+from automodel_fn.ops import _logits_product
 
 H, V = 16, 11
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -388,3 +389,31 @@ def test_a_vmap_projects_each():
     found = torch.func.vmap(lambda x: lm_head_logits(lm_head, x, precision="bf16x3").logits)(x)
 
     torch.testing.assert_close(found, lm_head(x.float()))
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+@in_bf16
+def test_compiled_code_takes_parts_that_are_made_outside_of_it_after_every_step(
+    graphs, monkeypatch, precision, is_on_gpu
+):
+    if is_on_gpu:
+        monkeypatch.setattr(_logits_product, "_takes_parts", lambda hidden, parts: parts.is_exact)
+    lm_head = head()
+    optimizer = torch.optim.SGD(lm_head.parameters(), lr=0.1)
+
+    def project(x, parts):
+        return lm_head_logits(lm_head, x, precision=precision, weight_parts=parts).logits
+
+    compiled = torch.compile(project, backend=graphs, fullgraph=True)
+    seen = []
+    for _ in range(4):
+        x, parts = hidden(2, 5), weight_parts(lm_head.weight)
+        found = compiled(x, parts)
+        assert same(found, project(x, parts))
+        seen.append(found.detach())
+        found.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert len(graphs.graphs) == 1
+    assert not any(same(seen[0], other) for other in seen[1:])
