@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# What is widened stays in the cache of a core, and calls cost little beside what they compute.
-_NUMBERS_OF_A_THREAD = 2**17
+# Memory of so many is used again while it is there; with fewer, threads wait for each other more.
+_NUMBERS_OF_A_THREAD = 2**19
 
 
 def composed(gate: Tensor, up: Tensor) -> Tensor:
