@@ -65,9 +65,14 @@ def logits_path(
     if not hidden_states.is_cuda:
         return LogitsPath("fp32", reason=f"hidden_states is on {hidden_states.device.type}")
     parts = weight if isinstance(weight, WeightParts) else weight_parts(weight)
-    if not parts.is_exact:
+    if not _takes_parts(hidden_states, parts):
         return LogitsPath("fp32", reason="bf16 parts do not hold every number of the weight")
     return LogitsPath("bf16", reason="bf16 parts hold every number of the weight")
+
+
+def _takes_parts(hidden: Tensor, parts: WeightParts) -> bool:
+    # Compilers cannot trace how a frozen class is made, such as LogitsPath.
+    return hidden.is_cuda and parts.is_exact
 
 
 def logits_product(
@@ -106,7 +111,7 @@ def logits_product(
     if precision == "bf16":
         stacked = None if parts is None else parts.high
     elif precision == "bf16x3" and parts is not None:
-        mode = "parts" if logits_path(hidden, parts, precision=precision).name == "bf16" else "fp32"
+        mode = "parts" if _takes_parts(hidden, parts) else "fp32"
         stacked = parts.stacked if mode == "parts" else None
     elif precision == "bf16x3":
         mode = "split" if hidden.is_cuda else "fp32"

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from automodel_fn import (
@@ -12,6 +13,7 @@ from automodel_fn import (
     logits_path,
     weight_parts,
 )
+from automodel_fn.ops import _logits_product
 
 H, V = 16, 11
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -388,3 +390,66 @@ def test_a_vmap_projects_each():
     found = torch.func.vmap(lambda x: lm_head_logits(lm_head, x, precision="bf16x3").logits)(x)
 
     torch.testing.assert_close(found, lm_head(x.float()))
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+@in_bf16
+def test_compiled_code_takes_parts_that_are_made_outside_of_it_after_every_step(
+    graphs, monkeypatch, precision, is_on_gpu
+):
+    if is_on_gpu:
+        monkeypatch.setattr(_logits_product, "_takes_parts", lambda hidden, parts: parts.is_exact)
+    lm_head = head()
+    optimizer = torch.optim.SGD(lm_head.parameters(), lr=0.1)
+
+    def project(x, parts):
+        return lm_head_logits(lm_head, x, precision=precision, weight_parts=parts).logits
+
+    compiled = torch.compile(project, backend=graphs, fullgraph=True)
+    seen = []
+    for _ in range(4):
+        x, parts = hidden(2, 5), weight_parts(lm_head.weight)
+        found = compiled(x, parts)
+        assert same(found, project(x, parts))
+        seen.append(found.detach())
+        found.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert len(graphs.graphs) == 1
+    assert not any(same(seen[0], other) for other in seen[1:])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16x3", "bf16"])
+@pytest.mark.parametrize(
+    "strided", [hidden(5, 2).transpose(0, 1), torch.cat([hidden(2, 5)] * 2, -1)[..., ::2]]
+)
+def test_strides_do_not_matter(precision, strided):
+    lm_head = head(bias=True)
+    lm_head.weight = nn.Parameter(lm_head.weight.detach().T.contiguous().T)
+    assert not strided.is_contiguous()
+    assert not lm_head.weight.is_contiguous()
+    results = []
+    for x, used in ((strided, lm_head), (strided.contiguous(), head(bias=True))):
+        leaf = x.detach().requires_grad_()
+        logits = lm_head_logits(used, leaf, precision=precision).logits
+        logits.square().sum().backward()
+        results.append((logits, leaf.grad, used.weight.grad))
+
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(
+            left, right, rtol=1e-5 if left.itemsize > 2 else 2**-7, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16x3", "bf16"])
+def test_fake_tensors_give_shapes_and_dtypes(precision):
+    with FakeTensorMode():
+        x = torch.empty(2, 5, H, dtype=torch.bfloat16, requires_grad=True)
+        lm_head = nn.Linear(H, V)
+        found = lm_head_logits(lm_head, x, precision=precision, logits_to_keep=2).logits
+        found.sum().backward()
+
+    assert (found.shape, found.dtype) == ((2, 2, V), torch.float32)
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.bfloat16)
+    assert lm_head.weight.grad.shape == (V, H)

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 from automodel_fn import ConfigError, swiglu
+from automodel_fn.ops import _swiglu_torch
 from automodel_fn.ops._swiglu import swiglu_reference
 from automodel_fn.ops._swiglu_packed import swiglu_packed
 from automodel_fn.testing import check_swiglu
@@ -154,3 +155,47 @@ def test_strided_the_law_compares_what_lies_alike_in_memory():
     # Of float64, PyTorch's vectors and its single values differ in the last bit.
     gate, up = torch.randn(2, 512, 8, dtype=torch.float64)[..., ::2]
     check_swiglu(gate, up)
+
+
+LARGE = (7, 96, 1000)
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    monkeypatch.setattr(_swiglu_torch, "_NUMBERS_OF_A_THREAD", 4096)
+
+
+@by_dtype
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_in_pieces_it_has_the_bits_of_the_whole(few_at_a_time, dtype, is_packed):
+    gate, up = made(LARGE, dtype)
+    if is_packed:
+        gate, up = torch.cat([gate, up], -1).chunk(2, -1)
+    found = swiglu(gate, up)
+
+    assert found.is_contiguous()
+    assert torch.equal(found, _swiglu_torch.composed(gate, up))
+
+
+@by_dtype
+@pytest.mark.parametrize("lies", ["contiguous", "packed", "transposed", "expanded"])
+def test_gradients_in_pieces_are_those_of_the_whole(few_at_a_time, dtype, lies):
+    gate, up, dy = (torch.randn(3, *LARGE) * 4).to(dtype).unbind()
+    if lies == "packed":
+        gate, up = torch.cat([gate, up], -1).chunk(2, -1)
+    if lies == "transposed":
+        gate, up, dy = (x.transpose(0, 2) for x in (gate, up, dy))
+    if lies == "expanded":
+        dy = torch.ones((), dtype=dtype).expand(LARGE)
+    leaves = [gate.detach().requires_grad_(), up.detach().requires_grad_()]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    found = torch.autograd.grad(swiglu(*leaves), leaves, dy)
+    exact = torch.autograd.grad(swiglu_reference(*wide), wide, dy.double())
+
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(
+            ours,
+            theirs.to(dtype),
+            rtol=2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps,
+            atol=1e-4,
+        )
