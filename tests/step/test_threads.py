@@ -1,4 +1,5 @@
 import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -105,6 +106,30 @@ def test_a_backward_from_a_thread_is_right_with_bind(block, leaf, in_thread, use
         out = checkpoint(bind(block), leaf, use_reentrant=use_reentrant)
     in_thread(out.sum().backward)
     assert block.seen == [FIRST, FIRST]
+
+
+@both_modes
+def test_a_context_of_an_ended_thread_is_of_no_other_thread_that_gets_its_number(
+    block, leaf, in_thread, use_reentrant
+):
+    def enter():
+        step_context(FIRST).__enter__()
+        return contextvars.copy_context(), threading.get_ident()
+
+    def recompute(context):
+        with step_context(LATER):
+            out = context.run(checkpoint, block, leaf, use_reentrant=use_reentrant)
+            out.sum().backward()
+        return threading.get_ident()
+
+    numbers = []
+    for _ in range(20):
+        context, number = in_thread(enter)
+        numbers.append((number, in_thread(recompute, context)))
+    if all(one != other for one, other in numbers):
+        pytest.skip("no number of a thread was given again")
+    assert set(block.seen[::2]) == {FIRST}
+    assert set(block.seen[1::2]) <= {FIRST, OFF}
 
 
 async def forward_and_backward(seen, may_run, ran, pause):
