@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from automodel_fn.backend._fp8 import TEFp8Config
-from automodel_fn.bench._loops import Loop, interleaved_ns, median_difference, median_ratio
-from automodel_fn.bench._spec import FULL, QUICK, Benchmark, Case, Measure, Measured, Subject
+from automodel_fn.bench._spec import (
+    FULL,
+    QUICK,
+    Benchmark,
+    Case,
+    Measure,
+    Measured,
+    Promise,
+    Subject,
+)
+from automodel_fn.bench._te_host import HOST_MEASURES, added_host
 from automodel_fn.step._ambient import step_context
 from automodel_fn.step._context import StepContext
 from automodel_fn.te._cache import cache_counts
@@ -25,7 +34,8 @@ _MICROBATCHES = 8
 _STEPS = tuple(
     StepContext(index == 0, optim_step=index == _MICROBATCHES - 1) for index in range(_MICROBATCHES)
 )
-_HOST = ("host_us", "added_host_us", "added_host_percent", "host_noise_percent")
+_HOST = tuple(measure.name for measure in HOST_MEASURES)
+_PLAIN, _BF16 = "te.Linear, not cached", "nn.Linear, bf16"
 Forward = Callable[..., Any]
 
 
@@ -131,47 +141,6 @@ def _accumulation_ms(
     return start.elapsed_time(end)
 
 
-def added_host(
-    layer: nn.Module,
-    inp: torch.Tensor,
-    *,
-    rounds: int = 1000,
-    settle: Callable[[], object] = torch.cuda.synchronize,
-) -> dict[str, float]:
-    """Host time that the patch adds to a forward which reuses the weight, as measures.
-
-    Three forwards of one module take turns call by call: the patched one, and twice the one below
-    it, which its caller gives False. The second of those shows what is noise. The device is waited
-    for before each, outside of what is timed, so that no queue is full and no launch waits.
-
-    Args:
-        layer: A module of a patched class, which has run in a first microbatch.
-        inp: Its input.
-        rounds: How many turns.
-        settle: Waits for the device.
-    """
-    patched: Any = type(layer).forward
-    own = _calling(patched.__wrapped__, layer, inp, is_first_microbatch=False)
-    loops = {"own": own, "patched": _calling(patched, layer, inp), "again": own}
-    with torch.no_grad(), step_context(first_microbatch=False):
-        interleaved_ns(loops, calls=1, rounds=50, settle=settle)
-        times = interleaved_ns(loops, calls=1, rounds=rounds, settle=settle)
-    return {
-        "host_us": statistics.median(times["own"]) / 1e3,
-        "added_host_us": median_difference(times["patched"], times["own"]) / 1e3,
-        "added_host_percent": 100 * (median_ratio(times["patched"], times["own"]) - 1),
-        "host_noise_percent": 100 * abs(median_ratio(times["again"], times["own"]) - 1),
-    }
-
-
-def _calling(forward: Forward, layer: nn.Module, inp: torch.Tensor, **given: bool) -> Loop:
-    def call(calls: int) -> None:
-        for _ in range(calls):
-            forward(layer, inp, **given)
-
-    return call
-
-
 BENCHMARK = Benchmark(
     "te",
     description="Accumulate gradients of one FP8 linear layer over 8 microbatches, weights cached.",
@@ -182,18 +151,7 @@ BENCHMARK = Benchmark(
             description="device time of the 8 forwards and backwards, median of 25 after 3",
             is_drawn=True,
         ),
-        Measure(
-            "host_us",
-            unit="us",
-            description="host time of Transformer Engine's own forward which reuses the weight",
-        ),
-        Measure("added_host_us", unit="us", description="host time that the patch adds to it"),
-        Measure("added_host_percent", unit="%", description="the same, as a share of it"),
-        Measure(
-            "host_noise_percent",
-            unit="%",
-            description="by how much that forward differs from itself, measured the same way",
-        ),
+        *HOST_MEASURES,
     ),
     cases=(
         *(_case(recipe, 4096, 4096, 14336, FULL) for recipe in _RECIPES),
@@ -207,9 +165,14 @@ BENCHMARK = Benchmark(
             load=load_te_classes,
             package="transformer-engine",
             claims=("is_host_within_1_percent", "is_weight_kept"),
+            promises=(
+                Promise("accumulate_ms", at_most=1, peer=_PLAIN, cases=_RECIPES),
+                Promise("accumulate_ms", at_most=1 / 1.4, peer=_BF16, cases=("current",)),
+                Promise("added_to_plain_percent", at_most=0, cases=_RECIPES),
+            ),
         ),
         Subject(
-            "te.Linear, not cached",
+            _PLAIN,
             description="te.Linear as it is: the weight is quantized in every microbatch",
             measure=partial(_measured, _plain, True, False),
             load=load_te_classes,
@@ -223,7 +186,7 @@ BENCHMARK = Benchmark(
             package="transformer-engine",
         ),
         Subject(
-            "nn.Linear, bf16",
+            _BF16,
             description="torch.nn.Linear in bf16, whatever the recipe",
             measure=partial(_measured, _plain, False, False),
         ),
@@ -233,7 +196,8 @@ BENCHMARK = Benchmark(
         "each measurement in a fresh process, one after another, every subject once a round",
         "the weight does not change between the accumulations; each begins with a first microbatch",
         "no gradient is fused; the input needs a gradient, too",
-        "host time without gradients: 1000 turns of single calls, whose order changes, each on an "
-        "idle device; medians of the differences or ratios of a turn; the collector is paused",
+        "host time without gradients: 1000 turns of single calls, their order drawn anew for each, "
+        "each on an idle device; medians of the differences or ratios of a turn; the collector is "
+        "paused",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ def interleaved_ns(
 ) -> dict[str, list[float]]:
     """Nanoseconds a call of each loop, in each round; the collector is paused.
 
-    Which loop is the first one changes from round to round.
+    Their order is drawn anew for each round, the same in each run: what ran just before decides
+    what is in the processor's caches, and each loop follows each other one about as often.
 
     Args:
         loops: What is measured, by name; each is run once before.
@@ -33,12 +35,12 @@ def interleaved_ns(
     found: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop(calls)
-    order = tuple(loops.items())
+    order, orders = list(loops.items()), random.Random(0)
     gc.collect()
     with gc_paused():
-        for number in range(rounds):
-            first = number % len(loops)
-            for name, loop in (*order[first:], *order[:first]):
+        for _ in range(rounds):
+            orders.shuffle(order)
+            for name, loop in order:
                 settle()
                 start = time.perf_counter_ns()
                 loop(calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -55,9 +56,16 @@ def current_step() -> StepContext:
 
 def eager_step() -> StepContext:
     """As `current_step`, for code that knows that it is not being compiled."""
-    shown = this_thread.shown
-    # What every forward asks, in as few steps as can be: no backward, and nobody took turns.
-    if innermost.get() is shown.published and current_node() is None:
+    entry = innermost.get()
+    # What every forward asks, in as few steps as can be: no backward, and nobody took turns. A
+    # scope knows its thread, since a thread-local attribute takes longest of all to read.
+    shown = this_thread.shown if entry is None else entry.shown
+    if (
+        shown is not None
+        and shown.published is entry
+        and (entry is None or shown.thread == get_ident())
+        and current_node() is None
+    ):
         return shown.step
     return step_at(open_entry(), evaluation())
 

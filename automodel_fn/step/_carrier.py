@@ -64,12 +64,14 @@ class Shown:
     """What a thread's compiled code and its backwards see of its scopes.
 
     Compiled code reads `mirror`: a step, and no scope, so that nothing else of a scope is guarded.
-    Eager code reads `step`, where `published` is its innermost scope.
+    Eager code reads `step`, where `published` is its innermost scope. `thread` is the number of the
+    thread, None after its end.
     One object a thread: a thread-local attribute takes longer to read than any other.
     """
 
     def __init__(self) -> None:
         # Set here and not on the class: Dynamo would take a class attribute for a constant.
+        self.thread: int | None = threading.get_ident()
         self.base = NOWHERE
         self.mirror = OFF
         self.published: Entry | None = None
@@ -83,9 +85,20 @@ class Shown:
         self.is_handed = False
 
 
+class _Ending:
+    """Goes with its thread, whose number another one may get."""
+
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
+
+    def __del__(self) -> None:
+        self._shown.thread = None
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.shown = Shown()
+        self.ending = _Ending(self.shown)
 
 
 innermost: ContextVar[Entry | None] = ContextVar("automodel_fn_step", default=None)

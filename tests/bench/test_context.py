@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 from contextvars import copy_context
 
 import pytest
@@ -63,8 +64,25 @@ def test_loops_take_turns_and_each_is_run_once_before():
     seen = []
     loops = {"a": lambda calls: seen.append(("a", calls)), "b": lambda calls: seen.append("b")}
     found = interleaved_ns(loops, calls=3, rounds=2)
-    assert seen == [("a", 3), "b", ("a", 3), "b", "b", ("a", 3)]
+    assert seen[:2] == [("a", 3), "b"]
+    assert [set(seen[2:4]), set(seen[4:])] == [{("a", 3), "b"}] * 2
     assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
+
+
+def order_of(names, rounds):
+    order = []
+    loops = {name: lambda _, name=name: order.append(name) for name in names}
+    interleaved_ns(loops, calls=1, rounds=rounds)
+    return order[len(names) :]
+
+
+@pytest.mark.parametrize("names", ["abc", "abcd"])
+def test_each_loop_follows_each_other_one_about_as_often_in_an_order_that_recurs(names):
+    order = order_of(names, 1000)
+    follows = Counter(pair for pair in itertools.pairwise(order) if pair[0] != pair[1])
+    assert len(follows) == len(names) * (len(names) - 1)
+    assert max(follows.values()) < 1.25 * min(follows.values())
+    assert order_of(names, 1000) == order
 
 
 def test_what_settles_before_a_loop_is_not_timed(monkeypatch):

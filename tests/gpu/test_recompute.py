@@ -1,10 +1,11 @@
 import gc
+import threading
 import weakref
 from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from automodel_fn import bind, checkpoint_context_fn, current_step, step_context
 
@@ -54,6 +55,17 @@ def test_a_recompute_inside_the_scope_sees_it(leaf, use_reentrant):
     assert block.seen == [True, True]
 
 
+@both_modes
+def test_a_recompute_after_the_scope_was_left_sees_it(leaf, use_reentrant):
+    block = Block()
+    with step_context(first_microbatch=True):
+        out = checkpoint(block, leaf, use_reentrant=use_reentrant)
+    out.sum().backward()
+
+    assert block.seen == [True, True]
+    assert current_step().first_microbatch is None
+
+
 def test_a_nested_recompute_that_is_not_reentrant_sees_its_forward(leaf):
     block = Block()
     once = partial(checkpoint, use_reentrant=False)
@@ -90,14 +102,70 @@ def test_checkpoint_context_fn_carries_the_step(leaf):
     assert block.seen == [True, True]
 
 
-def test_a_second_backward_recomputes_with_the_same_step(leaf):
+@both_modes
+def test_a_second_backward_recomputes_with_the_same_step(leaf, use_reentrant):
     block = Block()
     with step_context(first_microbatch=True):
-        out = checkpoint(block, leaf, use_reentrant=False).sum()
+        out = checkpoint(block, leaf, use_reentrant=use_reentrant).sum()
     out.backward(retain_graph=True)
     out.backward()
 
     assert block.seen == [True, True, True]
+
+
+@pytest.mark.parametrize("stops_early", [True, False])
+def test_a_recompute_sees_its_step_whether_it_stops_early_or_not(leaf, stops_early):
+    block = Block()
+
+    def twice(x):
+        y = block(x) + 1  # all that the backward needs is made here
+        block.seen.append(current_step().first_microbatch)
+        return y
+
+    with set_checkpoint_early_stop(stops_early):
+        with step_context(first_microbatch=True):
+            out = checkpoint(twice, leaf, use_reentrant=False)
+        with step_context(first_microbatch=False):
+            out.sum().backward()
+
+    assert block.seen == [True] * (3 if stops_early else 4)
+
+
+@both_modes
+@pytest.mark.parametrize("carries", [True, False])
+def test_a_backward_from_another_thread_is_off_or_right_with_bind(leaf, use_reentrant, carries):
+    block = Block()
+    with step_context(first_microbatch=True):
+        run = bind(block) if carries else block
+        out = checkpoint(run, leaf, use_reentrant=use_reentrant).sum()
+    thread = threading.Thread(target=out.backward)
+    thread.start()
+    thread.join(timeout=60)
+
+    assert block.seen == [True, True if carries else None]
+
+
+@both_modes
+def test_two_engine_threads_that_recompute_at_once_each_see_their_own(leaf, use_reentrant):
+    seen, meeting = {True: [], False: []}, threading.Barrier(2, timeout=60)
+
+    def block(x):
+        is_recompute = all(seen.values())
+        if is_recompute:
+            meeting.wait()
+        seen[x.is_cuda].append(current_step().first_microbatch)
+        if is_recompute:
+            meeting.wait()
+        return x.sin()
+
+    options = {"use_reentrant": use_reentrant, "preserve_rng_state": False}
+    with step_context(first_microbatch=True):
+        host = checkpoint(block, torch.ones(4, requires_grad=True), **options).sum()
+    with step_context(first_microbatch=False):
+        there = checkpoint(block, leaf, **options).sum()
+    torch.autograd.backward([host, there])
+
+    assert seen == {False: [True, True], True: [False, False]}
 
 
 @both_modes

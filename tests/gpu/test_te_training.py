@@ -42,6 +42,7 @@ OPTIONS = {
 # this was measured, about as far as each way is from bf16.
 DELAYED_BOUND = 2**-3
 NUM_MICROBATCHES = 4
+NOT_CACHED = {"is_first_microbatch": None}
 MODES = {"kept": None, "non-reentrant": False, "reentrant": True}
 
 stepping = pytest.mark.parametrize("field", SIZES)
@@ -140,6 +141,28 @@ def test_delayed_scaling_stays_within_its_bound(made, field, use_reentrant):
             assert error <= DELAYED_BOUND, name
 
 
+@exact_recipes
+@pytest.mark.parametrize("field", ["linear", "grouped_linear", "layer_norm_linear"])
+def test_a_module_called_twice_in_a_microbatch_has_the_bits_of_no_caching(made, field, recipe):
+    def outcome(module, is_cached):
+        inputs = [example(field, seed) for seed in range(4)]
+        outs = []
+        for step, pair in accumulate([inputs[:2], inputs[2:]], 2):
+            first = step.first_microbatch if is_cached else None
+            with step_context(first_microbatch=first), fp8(recipe):
+                both = [call(module, field, inp) for inp in pair]
+                sum(out.float().square().sum() for out in both).backward()
+            outs += [out.detach() for out in both]
+        return [*outs, *(i.grad for i in inputs), *(p.grad for p in module.parameters())]
+
+    plain, module = outcome(made(field), False), made(field)
+    with patch_te():
+        cached = outcome(module, True)
+    assert differing(plain, cached) == []
+    counts = cache_counts(module)
+    assert (counts.filled, counts.repeated, counts.reused, counts.refreshed) == (1, 1, 2, 0)
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0),
     reason="this GPU runs mxfp8",
@@ -197,6 +220,61 @@ def test_a_later_microbatch_gives_the_new_weights_output(made, field, recipe, ch
         assert not same(later, before)
         assert same(later, fresh)
         assert cache_counts(module).refreshed == 1
+
+
+@stepping
+def test_delayed_scaling_takes_the_new_weight_as_without_caching(made, field):
+    inp = example(field, 0).detach()
+
+    def outputs(is_cached):
+        module, outs = made(field), []
+        for first in (True, False):
+            step = step_context(first_microbatch=first if is_cached else None)
+            with step, fp8("delayed"), torch.no_grad():
+                outs.append(call(module, field, inp).float())
+            changed_by_fused_adamw(module)
+        return outs
+
+    plain = outputs(False)
+    with patch_te():
+        cached = outputs(True)
+    for one, other in zip(plain, cached, strict=True):
+        assert (one - other).norm() <= DELAYED_BOUND * one.norm()
+    assert (cached[0] - cached[1]).norm() > DELAYED_BOUND * cached[0].norm()
+
+
+@exact_recipes
+@stepping
+def test_a_run_that_is_resumed_in_the_middle_of_a_step_uses_the_loaded_weight(made, field, recipe):
+    saved, module, inp = made(field), made(field), example(field, 0).detach()
+    changed_in_place(saved)
+    with patch_te(), torch.no_grad():
+        with step_context(first_microbatch=True), fp8(recipe):
+            call(module, field, inp)
+        module.load_state_dict(copy.deepcopy(saved.state_dict()))
+        with step_context(first_microbatch=False), fp8(recipe):
+            later = call(module, field, inp)
+        with fp8(recipe):
+            assert same(later, call(saved, field, inp))
+
+
+@exact_recipes
+@pytest.mark.parametrize("field", ["linear", "layer_norm_mlp"])
+def test_generation_inside_a_training_scope_uses_the_weight_as_it_is(made, field, recipe):
+    module, prompt = made(field), example(field, 9).detach()
+    with patch_te():
+        for step, inp in accumulate([example(field, seed) for seed in range(2)], 2):
+            with step_context(step), fp8(recipe):
+                call(module, field, inp).float().square().sum().backward()
+                with torch.no_grad():
+                    found = [call(module, field, prompt) for _ in range(2)]
+                    fresh = call(module, field, prompt, **NOT_CACHED)
+                assert differing(found, [fresh, fresh]) == []
+            if step.optim_step:
+                changed_by_fused_adamw(module)
+        with step_context(first_microbatch=False), fp8(recipe), torch.no_grad():
+            found, fresh = (call(module, field, prompt, **given) for given in ({}, NOT_CACHED))
+        assert same(found, fresh)
 
 
 @exact_recipes

@@ -89,6 +89,18 @@ print("kept by GroupedLinear:", sorted(model._fp8_workspaces), counts)
     )
 
 
+def test_a_sharded_grouped_linear_keeps_one_byte_a_value_for_each_of_two_layouts(on_two_gpus):
+    on_two_gpus("""
+model = sharded("grouped_linear", 2, IN, OUT)
+with patch_te():
+    trained(model, True, SPLITS)
+kept = [data for weight in model._fp8_workspaces.values() for data in weight.get_data_tensors()]
+assert sum(data.nbytes for data in kept if data is not None) == 2 * (2 * IN * OUT), [
+    None if data is None else (data.dtype, tuple(data.shape)) for data in kept
+]
+""")
+
+
 def test_transformer_engine_turns_its_cache_off_in_a_sharded_linear(on_two_gpus):
     on_two_gpus("""
 with patch_te():

@@ -115,6 +115,16 @@ def test_compiled_code_of_two_threads_reads_the_step_of_each(code, backend):
     assert backend.compilations <= 6
 
 
+def test_many_threads_compile_no_more_graphs_than_there_are_values(code, backend, in_thread):
+    def work(step):
+        with step_context(step):
+            return code()
+
+    steps = [FIRST, LATER, OFF] * 8
+    assert [in_thread(work, step) for step in steps] == [CODES[step] for step in steps]
+    assert backend.compilations == 3
+
+
 def test_a_scope_entered_in_a_task_is_off_for_compiled_code(code):
     async def work(step):
         with step_context(step):
@@ -214,3 +224,20 @@ def test_a_checkpoint_around_compiled_code_keeps_the_forwards_step_with_bind(
         for step, leaf, out in zip((FIRST, LATER), leaves, outs, strict=True):
             out.sum().backward()
             torch.testing.assert_close(leaf.grad, gradient(step, leaf))
+
+
+def test_a_checkpoint_around_compiled_code_reads_the_step_of_its_thread_without_bind(backend):
+    """What is documented: compiled code knows its thread's step only."""
+    seen = torch.compile(lambda x: x * 0 + factor(), fullgraph=True, backend=backend)
+    read = []
+
+    def block(x):
+        read.append(seen(x.detach()).item())
+        return x.sin()
+
+    x = torch.ones((), requires_grad=True)
+    with step_context(FIRST):
+        out = checkpoint(block, x, use_reentrant=False)
+    with step_context(LATER):
+        out.backward()
+    assert read == [CODES[FIRST], CODES[LATER]]

@@ -39,6 +39,31 @@ def test_a_recompute_on_a_device_thread_sees_the_forwards_step(seen, mode):
 
 
 @modes
+@pytest.mark.parametrize("when", ["inside", "after"])
+def test_a_recompute_inside_the_scope_or_after_it_sees_the_forwards_step(seen, mode, when):
+    assert seen[f"{when} {mode}"] == [[True, True], [False, True]]
+
+
+def test_nested_checkpoints_that_are_not_reentrant_see_the_forwards_step(seen):
+    forward, *recomputes = seen["nested non_reentrant"]
+    assert forward == [True, True]
+    assert recomputes
+    assert all(recompute == [False, True] for recompute in recomputes)
+
+
+@modes
+def test_a_second_backward_sees_the_forwards_step(seen, mode):
+    assert seen[f"again {mode}"] == [[True, True], [False, True], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("how", "recompute"), [("free", None), ("bound", True), ("context_fn", True)]
+)
+def test_a_backward_from_another_thread_is_off_or_right_with_what_carries_it(seen, how, recompute):
+    assert seen[f"from a thread {how}"] == [[True, True], [False, recompute]]
+
+
+@modes
 def test_two_threads_that_recompute_at_once_each_see_their_own_forwards_step(seen, mode):
     forwards, recomputes = seen[f"at once {mode}"][:2], seen[f"at once {mode}"][2:]
     assert forwards == [[True, True], [True, False]]
@@ -148,6 +173,54 @@ def run(use_reentrant, wrap=lambda function: function, **options):
     return looker.seen
 
 
+def inside_or_after(use_reentrant, is_inside):
+    looker = Looker()
+    with step_context(first_microbatch=True):
+        x = on_device().requires_grad_()
+        out = checkpoint(looker.block, x, use_reentrant=use_reentrant, preserve_rng_state=False)
+        if is_inside:
+            out.backward(on_device())
+    if not is_inside:
+        out.backward(on_device())
+    return looker.seen
+
+
+def again(use_reentrant):
+    looker = Looker()
+    with step_context(first_microbatch=True):
+        x = on_device().requires_grad_()
+        out = checkpoint(looker.block, x, use_reentrant=use_reentrant, preserve_rng_state=False)
+    with step_context(first_microbatch=False):
+        out.backward(on_device(), retain_graph=True)
+        out.backward(on_device())
+    return looker.seen
+
+
+def nested_non_reentrant():
+    looker = Looker()
+
+    def once(block, x):
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+
+    with step_context(first_microbatch=True):
+        out = once(partial(once, looker.block), on_device().requires_grad_())
+    with step_context(first_microbatch=False):
+        out.backward(on_device())
+    return looker.seen
+
+
+def from_a_thread(wrap=lambda function: function, **options):
+    looker = Looker()
+    with step_context(first_microbatch=True):
+        x = on_device().requires_grad_()
+        block = wrap(looker.block)
+        out = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **options)
+    thread = threading.Thread(target=out.backward, args=(on_device(),))
+    thread.start()
+    thread.join()
+    return looker.seen
+
+
 def at_once(use_reentrant):
     """One backward of two recomputes, on the main thread and the device's, under way at once."""
     looker, meeting = Looker(), threading.Barrier(2, timeout=60)
@@ -228,6 +301,13 @@ def look_at_all():
         seen[f"1f1b {mode}"] = run(use_reentrant, **options)
         seen[f"bound {mode}"] = run(use_reentrant, bind, **one)
         seen[f"at once {mode}"] = at_once(use_reentrant)
+        seen[f"inside {mode}"] = inside_or_after(use_reentrant, True)
+        seen[f"after {mode}"] = inside_or_after(use_reentrant, False)
+        seen[f"again {mode}"] = again(use_reentrant)
+    seen["nested non_reentrant"] = nested_non_reentrant()
+    seen["from a thread free"] = from_a_thread()
+    seen["from a thread bound"] = from_a_thread(bind)
+    seen["from a thread context_fn"] = from_a_thread(context_fn=checkpoint_context_fn)
     seen["context_fn"] = run(False, context_fn=checkpoint_context_fn, **one)
     seen["nested"] = run(True, lambda block: partial(nested, block), **one)
     seen["nested bound"] = run(True, lambda block: partial(nested, block, wrap=bind), **one)

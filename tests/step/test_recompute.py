@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from automodel_fn import StepContext, current_step, step_context
 
@@ -89,6 +89,42 @@ def test_a_retained_graph_is_recomputed_twice_alike(block, leaf, use_reentrant):
         out.sum().backward(retain_graph=True)
         out.sum().backward()
     assert block.seen == [FIRST, FIRST, FIRST]
+
+
+@pytest.mark.parametrize("stops_early", [True, False])
+def test_a_recompute_sees_its_step_whether_it_stops_early_or_not(leaf, stops_early):
+    seen = []
+
+    def block(x):
+        seen.append(current_step())
+        y = x.sin() + 1  # all that the backward needs is made here
+        seen.append(current_step())
+        return y
+
+    with set_checkpoint_early_stop(stops_early):
+        with step_context(FIRST):
+            out = checkpoint(block, leaf, use_reentrant=False)
+        with step_context(LATER):
+            out.sum().backward()
+            assert current_step() == LATER
+    assert seen == [FIRST] * (3 if stops_early else 4)
+
+
+def test_a_recompute_that_stops_early_leaves_the_scopes_of_the_block(leaf):
+    def block(x):
+        with step_context(optim_step=True):
+            y = x.sin()
+            ended.append(current_step())
+            return y
+
+    ended = []
+    with step_context(FIRST):
+        out = checkpoint(block, leaf, use_reentrant=False)
+    with step_context(LATER):
+        out.sum().backward()
+        assert current_step() == LATER
+    assert len(ended) == 1  # the recompute ended inside the scope
+    assert current_step() == OFF
 
 
 @both_modes

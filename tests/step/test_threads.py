@@ -1,4 +1,5 @@
 import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from automodel_fn import ScopeError, StepContext, bind, current_step, step_context
-from automodel_fn.step import _autograd
+from automodel_fn.step import _ambient, _autograd
 
 OFF = StepContext()
 FIRST = StepContext(True)
@@ -105,6 +106,46 @@ def test_a_backward_from_a_thread_is_right_with_bind(block, leaf, in_thread, use
         out = checkpoint(bind(block), leaf, use_reentrant=use_reentrant)
     in_thread(out.sum().backward)
     assert block.seen == [FIRST, FIRST]
+
+
+@both_modes
+def test_a_context_of_an_ended_thread_is_of_no_other_thread_that_gets_its_number(
+    block, leaf, in_thread, monkeypatch, use_reentrant
+):
+    def enter():
+        step_context(FIRST).__enter__()
+        return contextvars.copy_context(), threading.get_ident()
+
+    context, number = in_thread(enter)
+    monkeypatch.setattr(_ambient, "get_ident", lambda: number)
+    with step_context(LATER):
+        out = context.run(checkpoint, block, leaf, use_reentrant=use_reentrant)
+        out.sum().backward()
+    assert block.seen[0] == FIRST
+    assert block.seen[1] in (FIRST, OFF)
+
+
+def test_nodes_made_beside_the_scope_of_a_task_are_not_of_that_scope():
+    seen = []
+
+    async def scope(entered, may_leave):
+        with step_context(FIRST):
+            entered.set()
+            await may_leave.wait()
+
+    # Its forward reads no step and enters no scope: nothing tells that it has taken a turn.
+    async def beside():
+        entered, may_leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(scope(entered, may_leave))
+        await entered.wait()
+        out = torch.ones(1, requires_grad=True).sin()
+        out.register_hook(lambda grad: seen.append(current_step()))
+        out.backward()
+        may_leave.set()
+        await task
+
+    asyncio.run(beside())
+    assert seen == [OFF]
 
 
 async def forward_and_backward(seen, may_run, ran, pause):

@@ -382,6 +382,27 @@ def test_the_caller_may_still_ask_to_overwrite(classes, x):
 # Evaluation, generation, resuming.
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("is_after_a_step", [True, False])
+def test_generation_inside_a_training_scope_uses_the_weight_as_it_is(
+    layer, x, first, is_after_a_step
+):
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    with step_context(first_microbatch=True):
+        layer(x).sum().backward()
+    with step_context(first_microbatch=first):
+        layer(x).sum().backward()
+        if is_after_a_step:
+            optimizer.step()
+        tokens = x[:1]
+        with torch.no_grad():
+            for _ in range(3):
+                out = layer(tokens)
+                assert torch.equal(out, uncached(layer, tokens))
+                tokens = torch.cat([tokens, out[-1:, :4]])
+    assert cache_counts(layer).refreshed == is_after_a_step
+
+
 @pytest.mark.parametrize("scope", [True, False, None, "outside"])
 def test_evaluation_anywhere_computes_what_a_fresh_copy_does(layer, x, scope):
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
@@ -502,6 +523,16 @@ def test_a_module_that_a_graph_replays_is_run_without_caching_where_it_would_be_
     run(layer, True, x)
     kept = dict(layer._fp8_workspaces)
     layer.forward = partial(type(layer).forward, layer)  # as make_graphed_callables leaves it
+    layer.weight.detach().mul_(0.5)
+    assert torch.equal(run(layer, False, x), uncached(layer, x))
+    assert all(layer._fp8_workspaces[name] is tensor for name, tensor in kept.items())
+
+
+def test_while_a_graph_is_recorded_what_is_kept_stays_where_it_is(layer, x, monkeypatch):
+    run(layer, True, x)
+    kept = dict(layer._fp8_workspaces)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     layer.weight.detach().mul_(0.5)
     assert torch.equal(run(layer, False, x), uncached(layer, x))
     assert all(layer._fp8_workspaces[name] is tensor for name, tensor in kept.items())

@@ -486,6 +486,45 @@ def test_an_import_that_works_later_works_later(
         assert is_wrapped(classes)
 
 
+SOURCE = """
+import transformer_engine.common
+import os
+if "IS_BROKEN" in os.environ:
+    raise OSError("libcudnn.so.9: cannot open shared object file")
+from automodel_fn.testing import te_stand_ins
+for _, made in te_stand_ins().items():
+    globals()[made.__name__] = made
+"""
+
+
+def test_an_import_that_broke_half_way_can_be_repeated_in_the_same_process(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "common.py").touch()
+    (package / "pytorch" / "__init__.py").write_text(SOURCE)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package.name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("IS_BROKEN", "1")
+    try:
+        for _ in range(2):
+            with pytest.raises(BackendUnavailableError, match="libcudnn"):
+                patch_te()
+        monkeypatch.delenv("IS_BROKEN")
+        with patch_te():
+            module = sys.modules["transformer_engine.pytorch"]
+            layer = module.Linear(4, 6)
+            with step_context(first_microbatch=True):
+                layer(torch.ones(1, 4))
+            assert layer._fp8_workspaces
+            layer._fp8_workspaces.clear()
+        assert "__wrapped__" not in vars(module.Linear.forward)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.name]:
+            del sys.modules[name]
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_transformer_engine_that_lacks_a_class_is_too_old(
     classes, transformer_engine, class_dicts, field
