@@ -41,7 +41,7 @@ _STAND_FOR_PLAIN = (FakeTensor, FunctionalTensor, DTensor)
 # Whether a tensor stands for another one in a transform of `torch.func`, or did in one that ended.
 is_wrapper: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 # Elements from which less memory traffic on a CPU is worth more than fewer calls.
-LARGE = 2**17
+_WORTH_LESS_MEMORY = 2**17
 
 
 def kernel_choice(**tensors: Tensor | None) -> KernelChoice:
@@ -145,7 +145,7 @@ def is_worth_less_memory(tensor: Tensor) -> bool:
         >>> is_worth_less_memory(torch.ones(64, 128))
         False
     """
-    return tensor.numel() >= LARGE
+    return tensor.numel() >= _WORTH_LESS_MEMORY
 
 
 def is_exporting() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from automodel_fn.ops._choice import LARGE, PLAIN, is_transformed
+from automodel_fn.ops._choice import PLAIN, is_transformed, is_worth_less_memory
 
 Gradients = tuple[Tensor | None, Tensor | None]
 _NATIVE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -97,7 +97,7 @@ def small_natively(
         and x.dim()
         and weight.dim() == 1
         and x.shape[-1] == weight.numel()
-        and x.numel() < LARGE
+        and not is_worth_less_memory(x)
         and not is_transformed()
     ):
         return torch.rms_norm(x, weight.shape, weight, eps)

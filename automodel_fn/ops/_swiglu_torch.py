@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Memory of so many is used again while it is there; with fewer, threads wait for each other more.
-_NUMBERS_OF_A_THREAD = 2**19
+# From so many numbers on, what is widened is read from memory again; of pieces it is in the caches.
+_LARGE = 2**22
+_PIECE = 2**20
+_WIDE = (torch.float32, torch.float64)
 
 
 def composed(gate: Tensor, up: Tensor) -> Tensor:
@@ -29,15 +32,13 @@ def in_place(gate: Tensor, up: Tensor) -> Tensor:
         >>> in_place(torch.tensor([1.0]), torch.tensor([2.0]))
         tensor([1.4621])
     """
-    if gate.dtype in (torch.float32, torch.float64):
-        return functional.silu(gate).mul_(up)
-    if gate.numel() <= _numbers_at_once():
-        return functional.silu(gate.float(), inplace=True).mul_(up).to(gate.dtype)
-    out = torch.empty_like(gate)
-    for (of_gate, of_up, of_out), (wide, factor) in _pieces((gate, up, out), num_scratch=2):
-        functional.silu(wide.copy_(of_gate), inplace=True)
-        of_out.copy_(wide.mul_(factor.copy_(of_up)))
-    return out
+    pieces = None if gate.dtype in _WIDE else _in_pieces(gate, up, num_outputs=1, num_scratch=1)
+    if pieces is None:
+        wide = _wide(gate)
+        return functional.silu(wide, inplace=wide is not gate).mul_(up).to(gate.dtype)
+    for (of_gate, of_up, of_out), (wide,) in pieces.rows:
+        of_out.copy_(functional.silu(wide.copy_(of_gate), inplace=True).mul_(of_up))
+    return pieces.outputs[0]
 
 
 def gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,43 +61,53 @@ def gradients_in_place(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
         >>> gradients_in_place(torch.ones(1), torch.zeros(1), torch.ones(1))
         (tensor([0.5000]), tensor([0.]))
     """
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    for inputs, (wide, sigmoid, product) in _pieces((dy, gate, up, dgate, dup), num_scratch=3):
-        of_dy, of_gate, of_up, of_dgate, of_dup = inputs
-        torch.sigmoid(wide.copy_(of_gate), out=sigmoid)
-        torch.mul(wide, sigmoid, out=product)
-        slope = wide.sub_(product).add_(1).mul_(sigmoid)
-        of_dup.copy_(product.mul_(of_dy))
-        of_dgate.copy_(product.copy_(of_dy).mul_(of_up).mul_(slope))
+    pieces = _in_pieces(dy, gate, up, num_outputs=2, num_scratch=3)
+    if pieces is None:
+        wide, grad = _wide(gate), _wide(dy)
+        dup = functional.silu(wide).mul_(grad).to(gate.dtype)
+        inner = grad * up if grad is dy else grad.mul_(up)
+        return torch.ops.aten.silu_backward(inner, wide).to(gate.dtype), dup
+    for (of_dy, of_gate, of_up, of_dgate, of_dup), (grad, wide, found) in pieces.rows:
+        grad, wide = _widened(of_dy, grad), _widened(of_gate, wide)
+        torch.ops.aten.silu.out(wide, out=found)
+        of_dup.copy_(found.mul_(grad))
+        torch.mul(grad, of_up, out=found)
+        torch.ops.aten.silu_backward.grad_input(found, wide, grad_input=found)
+        of_dgate.copy_(found)
+    dgate, dup = pieces.outputs
     return dgate, dup
 
 
-def _pieces(
-    tensors: tuple[Tensor, ...], *, num_scratch: int
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """Views of some rows of each tensor at a time, and wide memory for them, the same each time."""
-    # Where the rows are no view, the whole is one piece.
-    first = tensors[1]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    rows = _in_rows(tensors) if first.numel() > _numbers_at_once() else None
-    if rows is None:
-        yield tensors, tuple(torch.empty_like(first, dtype=dtype) for _ in range(num_scratch))
-        return
-    num_rows = max(1, _numbers_at_once() // rows[0].shape[1])
-    scratch = torch.empty(num_scratch, num_rows, rows[0].shape[1], dtype=dtype).unbind()
-    for piece in zip(*(tensor.split(num_rows) for tensor in rows), strict=True):
-        yield piece, tuple(memory[: len(piece[0])] for memory in scratch)
+class _Pieces(NamedTuple):
+    """New tensors, and some rows at a time of inputs and of these, with wide memory for as many."""
+
+    outputs: tuple[Tensor, ...]
+    rows: Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
-def _in_rows(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
+def _in_pieces(*inputs: Tensor, num_outputs: int, num_scratch: int) -> _Pieces | None:
+    """None where there are few rows, or where they are no views."""
+    first = inputs[0]
+    if first.numel() < _LARGE:
+        return None
+    length = first.shape[-1]
+    outputs = tuple(first.new_empty(first.shape) for _ in range(num_outputs))
     try:
-        return [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
+        rows = [tensor.view(-1, length) for tensor in (*inputs, *outputs)]
     except RuntimeError:
         return None
+    num_rows = max(1, _PIECE // length)
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    scratch = torch.empty(num_scratch, num_rows, length, dtype=dtype).unbind()
+    pieces = zip(*(tensor.split(num_rows) for tensor in rows), strict=True)
+    return _Pieces(
+        outputs,
+        rows=((piece, tuple(memory[: len(piece[0])] for memory in scratch)) for piece in pieces),
+    )
 
 
-def _numbers_at_once() -> int:
-    return _NUMBERS_OF_A_THREAD * torch.get_num_threads()
+def _widened(tensor: Tensor, memory: Tensor) -> Tensor:
+    return tensor if tensor.dtype in _WIDE else memory.copy_(tensor)
 
 
 def _wide(tensor: Tensor) -> Tensor:

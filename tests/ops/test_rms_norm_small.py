@@ -8,7 +8,7 @@ from torch import nn
 
 from automodel_fn import ConfigError, rms_norm_fp32
 from automodel_fn.ops import _rms_norm
-from automodel_fn.ops._choice import LARGE
+from automodel_fn.ops._choice import _WORTH_LESS_MEMORY as LARGE
 from automodel_fn.ops._rms_norm_torch import composed, small_natively
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

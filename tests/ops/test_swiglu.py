@@ -162,7 +162,8 @@ LARGE = (7, 96, 1000)
 
 @pytest.fixture
 def few_at_a_time(monkeypatch):
-    monkeypatch.setattr(_swiglu_torch, "_NUMBERS_OF_A_THREAD", 4096)
+    monkeypatch.setattr(_swiglu_torch, "_LARGE", 0)
+    monkeypatch.setattr(_swiglu_torch, "_PIECE", 4096)
 
 
 @by_dtype
