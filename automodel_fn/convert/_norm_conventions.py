@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, Literal
 
 import attrs
@@ -92,6 +93,9 @@ def norm_convention(cls: type[nn.Module], is_weighted: bool = True) -> NormConve
     if cls.forward is nn.RMSNorm.forward:
         # Known, and not tried: with two dtypes it warns.
         return NormConvention("eps", multiply="fp32" if is_weighted else "none", offset=0)
+    # A gate that may be left out, say: without it the forward is that of a plain norm.
+    if len(inspect.signature(cls.forward).parameters) != 2:
+        return None
     for eps_name in EPS_NAMES:
         for multiply, offset in _WAYS:
             convention = NormConvention(eps_name, multiply=multiply, offset=offset)

@@ -46,10 +46,10 @@ def test_a_bf16_product_of_groups_can_run_where_the_verdict_says_so():
 
 
 @needs_engine
-def test_the_default_takes_transformer_engine():
+def test_the_default_takes_transformer_engine_but_for_attention():
     backend = resolve(BackendConfig(), probe()).backend
 
-    assert (backend.attn, backend.linear, backend.rope_fusion) == ("te", "te", True)
+    assert (backend.attn, backend.linear, backend.rope_fusion) == ("sdpa", "te", True)
 
 
 @needs_engine
