@@ -23,7 +23,7 @@ from automodel_fn.bench._ops_spec import (
     random_tensor,
 )
 from automodel_fn.bench._spec import FULL, QUICK, Case
-from automodel_fn.ops._apply_rope import apply_rope
+from automodel_fn.ops._apply_rope import apply_rope, apply_rope_reference
 
 _THETA = 500_000.0
 
@@ -69,13 +69,7 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def _exact(q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = angles.cos(), angles.sin()
-    return _turned(q, cos, sin), _turned(k, cos, sin)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return apply_rope_reference(q, k, angles.cos(), angles.sin(), layout="bhsd")
 
 
 def _ours(q: Tensor, k: Tensor, angles: Tensor) -> Call:

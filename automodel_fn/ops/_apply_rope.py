@@ -14,7 +14,7 @@ from automodel_fn.ops._choice import is_exporting
 from automodel_fn.ops._rope_demands import demand_fitting
 from automodel_fn.ops._rope_eager import rotated
 from automodel_fn.ops._rope_operator import rope_operator
-from automodel_fn.ops._rope_rotation import Layout, Rotation, rotated_by_torch
+from automodel_fn.ops._rope_rotation import DIMENSIONS, Layout, Rotation, rotated_by_torch
 
 
 def apply_rope(
@@ -88,6 +88,46 @@ def apply_rope(
     if is_exporting() or torch._C._are_functorch_transforms_active():
         return rotated_by_torch(q, k, cos, sin, ids, rotation)
     return rotated(q, k, cos, sin, ids, rotation)
+
+
+def apply_rope_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | int = 0,
+    layout: Layout | None = None,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `apply_rope` approximates: complex products of pairs, in float64 and rounded nowhere.
+
+    Takes what `apply_rope` takes.
+
+    Example:
+        >>> q, cos, sin = torch.tensor([[[3.0, 4.0]]]), torch.zeros(1, 1), torch.ones(1, 1)
+        >>> apply_rope_reference(q, q, cos, sin)[0]
+        tensor([[[-4.,  3.]]], dtype=torch.float64)
+    """
+    size = rotary_dim or cos.shape[-1] * (2 if cos.dim() == 2 else 1)
+    layout = layout or ("thd" if q.dim() == 3 else "bshd")
+    factor = torch.complex(cos.double(), sin.double())[..., : size // 2]
+    if cos.dim() == 2:
+        num_tokens = q.shape[DIMENSIONS[layout][1]]
+        is_first = isinstance(position_ids, int)
+        factor = factor[position_ids + torch.arange(num_tokens) if is_first else position_ids]
+    factor = factor.unsqueeze(-3 if layout == "bhsd" else -2)
+
+    def turned(x: Tensor) -> Tensor:
+        pairs, rest = x.double().split([size, x.shape[-1] - size], -1)
+        pairs = pairs.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        product = torch.complex(*pairs.unbind(-1 if interleaved else -2)) * factor
+        parts = torch.view_as_real(product.reshape((*x.shape[:-1], size // 2)))
+        parts = parts if interleaved else parts.transpose(-1, -2)
+        return torch.cat([parts.flatten(-2), rest], -1)
+
+    return turned(q), turned(k)
 
 
 def _rotated_dtensors(

@@ -115,6 +115,27 @@ def lm_head_logits(
     return LMHeadOutput(_with_batch(logits, is_thd), hidden)
 
 
+def lm_head_logits_reference(
+    lm_head: nn.Linear, hidden_states: Tensor, *, logits_to_keep: int | Tensor = 0
+) -> Tensor:
+    """What `lm_head_logits` approximates: the logits in float64, `[..., K, V]`.
+
+    Args:
+        lm_head: A plain Linear.
+        hidden_states: `[..., S, H]`.
+        logits_to_keep: As for `lm_head_logits`; K positions.
+
+    Example:
+        >>> lm_head_logits_reference(nn.Linear(4, 10), torch.ones(6, 4), logits_to_keep=2).shape
+        torch.Size([2, 10])
+    """
+    is_last = isinstance(logits_to_keep, int)
+    rows = slice(-logits_to_keep, None) if is_last else logits_to_keep
+    bias: Any = lm_head.bias
+    kept, wide = hidden_states[..., rows, :].double(), lm_head.weight.double()
+    return functional.linear(kept, wide, None if bias is None else bias.double())
+
+
 def _demand_options(precision: object, parts: object, logits_dtype: Any) -> torch.dtype | None:
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} must be None, 'fp32', 'bf16x3' or 'bf16'.")

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from automodel_fn.errors import ConfigError, itemized
 from automodel_fn.ops._choice import KernelChoice, is_plain, is_watched
@@ -138,6 +139,55 @@ def lm_head_loss(
     how = (operand_dtype, precision == "bf16x3", chunk_size)
     loss, of_z = run(*tensors, numbers, *how, is_summed=reduction != "none")
     return LMHeadLoss(loss, of_z, num_tokens)
+
+
+def lm_head_loss_reference(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """What `lm_head_loss` approximates: in float64, of all logits at once, by `F.cross_entropy`.
+
+    Differentiable any number of times. Takes what `lm_head_loss` takes.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 4), torch.zeros(8, 4)
+        >>> lm_head_loss_reference(hidden, weight, torch.tensor([1]))
+        tensor(2.0794, dtype=torch.float64)
+    """
+    wide = None if bias is None else bias.double()
+    logits = functional.linear(hidden_states.double(), weight.double(), wide)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    shape = labels.shape
+    if shift:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    flat, classes = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+    losses = functional.cross_entropy(
+        flat,
+        classes,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    counts = classes != ignore_index
+    losses = losses + torch.where(counts, z_loss * torch.logsumexp(flat, -1).square(), 0.0)
+    if reduction == "none":
+        of_tokens = losses.new_zeros(shape)
+        of_tokens[..., : labels.shape[-1]] = losses.view(labels.shape)
+        return of_tokens
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def lm_head_loss_kernel(

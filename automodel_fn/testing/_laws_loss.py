@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_fn.ops._loss import lm_head_loss
-from automodel_fn.ops._loss_reference import lm_head_loss_reference
+from automodel_fn.ops._loss import lm_head_loss, lm_head_loss_reference
 from automodel_fn.testing._facts import demand, fact_of, wrong_elements
 
 # What a tanh, an exponential or a logarithm of float32 may be off by, in halves of its epsilon.

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from automodel_fn import lm_head_loss, lm_head_loss_kernel
-from automodel_fn.ops._loss_reference import lm_head_loss_reference
+from automodel_fn.ops._loss import lm_head_loss_reference
 from automodel_fn.testing import check_lm_head_loss
 
 pytestmark = [

@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 
 from automodel_fn import ConfigError, apply_rope
 from automodel_fn.ops import rope_kernel
+from automodel_fn.ops._apply_rope import apply_rope_reference
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 B, S, N, K, D = 2, 7, 6, 2, 16
@@ -59,6 +60,34 @@ def test_float32_has_the_bits_of_llama_forward_and_backward(heads):
 
         assert same(found, expected)
         assert same(torch.autograd.grad(found, leaves, upstream), gradients)
+
+
+@both_styles
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "thd"])
+@pytest.mark.parametrize("ids", [3, torch.arange(S).flip(0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_the_reference_rounded(heads, dtype, ids, layout, interleaved):
+    q, k = (x.to(dtype) for x in (turned(*heads) if layout == "bhsd" else heads))
+    q, k = (x[0] if layout == "thd" else x for x in (q, k))
+    cos, sin = tables(S + 3, D // 4)
+    options = {"position_ids": ids, "layout": layout, "interleaved": interleaved}
+    exact = apply_rope_reference(q, k, cos, sin, **options)
+
+    eps = torch.finfo(dtype).eps
+    for found, reference in zip(apply_rope(q, k, cos, sin, **options), exact, strict=True):
+        assert reference.dtype == torch.float64
+        torch.testing.assert_close(found.double(), reference, rtol=0, atol=8 * eps)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "thd"])
+def test_the_reference_takes_the_rows_of_the_tokens_themselves(heads, layout):
+    q, k = (x[:1] for x in heads)
+    q, k = (x[0] if layout == "thd" else x for x in (q, k))
+    cos, sin = tables(S, D // 2)
+    expected = apply_rope_reference(q, k, cos, sin)
+
+    found = apply_rope_reference(q, k, *twice(cos, sin))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_interleaved_and_partial_has_the_bits_of_glm(heads):

@@ -6,6 +6,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from automodel_fn import ConfigError, LMHeadOutput, lm_head_logits
+from automodel_fn.ops._logits import lm_head_logits_reference
 
 H, V = 16, 11
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -172,10 +173,27 @@ def test_fp32_multiplies_in_float32_whatever_is_stored(dtype, stored, bias):
 
 def test_fp32_is_more_exact_than_the_dtype_of_the_head():
     lm_head, x = head(), hidden(4, 5)
-    exact = x.double() @ lm_head.weight.double().T
+    exact = lm_head_logits_reference(lm_head, x)
     wide = lm_head_logits(lm_head, x, precision="fp32").logits
     narrow = lm_head_logits(lm_head, x).logits
     assert (wide - exact).abs().max() < 1e-6 < 1e-3 < (narrow - exact).abs().max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("keep", [0, 2, torch.tensor([4, 0])])
+def test_the_reference_is_the_sum_of_products_of_each_kept_position(keep, bias):
+    lm_head, x = head(bias=bias), hidden(2, 5)
+    found = lm_head_logits_reference(lm_head, x, logits_to_keep=keep)
+
+    positions = keep.tolist() if isinstance(keep, torch.Tensor) else list(range(5))[-keep:]
+    assert found.shape == (2, len(positions), V)
+    assert found.dtype == torch.float64
+    for place, position in enumerate(positions):
+        products = x[:, position, None].double() * lm_head.weight.double()
+        offset = lm_head.bias.double() if bias else 0
+        torch.testing.assert_close(
+            found[:, place], products.sum(-1) + offset, rtol=1e-13, atol=1e-13
+        )
 
 
 def test_the_gradient_reaches_a_narrow_weight_in_its_own_dtype():

@@ -6,7 +6,7 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from automodel_fn import ConfigError, LMHeadLoss, lm_head_loss, lm_head_loss_kernel
-from automodel_fn.ops._loss_reference import lm_head_loss_reference
+from automodel_fn.ops._loss import lm_head_loss_reference
 
 H, V = 16, 37
 # Relative to the norm: what the roundings of the dtype leave.

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from automodel_fn.ops import _loss_products
+from automodel_fn.ops._loss import lm_head_loss_reference
 from automodel_fn.ops._loss_chunks import LossInputs, Wanted, chunked_loss
 from automodel_fn.ops._loss_products import PlainProducts, SplitProducts
-from automodel_fn.ops._loss_reference import lm_head_loss_reference
 from automodel_fn.ops._loss_sums import WeightSum, product_dtype_of
 from automodel_fn.ops._loss_terms import LossTerms, chunk_sizes
 
