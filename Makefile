@@ -3,7 +3,6 @@
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
-JOBS ?= 2
 PIP_RETRIES ?= 2
 PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TORCH PIP_RETRIES PIP_DISABLE_PIP_VERSION_CHECK
@@ -20,7 +19,7 @@ NO_PIP := pip could not install (its own words are above). Is there a network, a
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "  PYTHON=python3.12 chooses the Python, TORCH='torch --index-url URL' the build of torch, JOBS=8 how many processes test."
+	@echo "  PYTHON=python3.12 chooses the Python, TORCH='torch --index-url URL' the build of torch."
 
 setup: $(READY) ## make .venv with all that the other targets need
 	@echo "== .venv: ready"
@@ -29,7 +28,7 @@ train: $(READY) ## run the main job; ARGS='...' goes to automodel-fn train
 	$(BIN)/automodel-fn train $(ARGS)
 
 test: $(READY) ## run tests, properties and all doctests; ARGS='...' goes to pytest
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --doctest-modules automodel_fn tests properties $(ARGS)
+	$(BIN)/python -m pytest --doctest-modules automodel_fn tests properties $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .

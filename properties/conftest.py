@@ -18,6 +18,13 @@ settings.register_profile("nightly", max_examples=2000, print_blob=True, **commo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _quiet_plans():
-    logging.getLogger("automodel_fn").setLevel(logging.ERROR)
+    """Notes of plans and of small configs are no news; tests that run afterwards listen to them."""
+    loggers = [logging.getLogger(name) for name in ("automodel_fn", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -1,5 +1,4 @@
 import functools
-import logging
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ moves = st.lists(st.none() | cpu_backends(), max_size=6)
 
 @functools.cache
 def model(family):
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     config = getattr(transformers, f"{family}Config")(**SIZES)
     with torch.device("meta"):
         return getattr(transformers, f"{family}ForCausalLM")(config)
