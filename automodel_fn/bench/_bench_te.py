@@ -110,14 +110,11 @@ def _measured(forward: Forward, is_te: bool, is_patched: bool, case: Case) -> Me
     finally:
         if handle is not None:
             handle.remove()
-    counts, percent = cache_counts(layer), added["added_host_percent"]
+    counts = cache_counts(layer)
     is_kept = counts.reused > 0 and counts.refreshed == 0
     return Measured(
         {"accumulate_ms": statistics.median(times), **added},
-        facts={
-            "is_host_within_1_percent": None if percent is None else int(percent <= 1),
-            "is_weight_kept": int(is_kept) if is_patched else None,
-        },
+        facts={"is_weight_kept": int(is_kept) if is_patched else None},
     )
 
 
@@ -164,7 +161,7 @@ BENCHMARK = Benchmark(
             measure=partial(_measured, _by_step, True, True),
             load=load_te_classes,
             package="transformer-engine",
-            claims=("is_host_within_1_percent", "is_weight_kept"),
+            claims=("is_weight_kept",),
             promises=(
                 Promise("accumulate_ms", at_most=1, peer=_PLAIN, cases=_RECIPES),
                 Promise("accumulate_ms", at_most=1 / 1.4, peer=_BF16, cases=("current",)),
