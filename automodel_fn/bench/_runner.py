@@ -18,7 +18,7 @@ from automodel_fn.bench._result import (
     Environment,
     Measurement,
 )
-from automodel_fn.bench._selection import chosen_benchmark, chosen_cases
+from automodel_fn.bench._selection import chosen_benchmark, chosen_cases, chosen_subjects
 from automodel_fn.bench._spec import Benchmark, Case, matches_any
 from automodel_fn.errors import ConfigError
 
@@ -50,6 +50,7 @@ def run_benchmark(
     device: str = "cpu",
     rounds: int = 3,
     cases: str | Iterable[str] = (),
+    subjects: str | Iterable[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
     date: str | None = None,
     launch: Launch = launch_process,
@@ -66,6 +67,7 @@ def run_benchmark(
         device: "cpu" or "cuda".
         rounds: How often everything is measured.
         cases: Names of cases, globs, or names of groups; by default the group "full".
+        subjects: Names of subjects, or globs; by default all. Ours is always measured.
         on_progress: Called before each process.
         date: ISO 8601; by default now.
         launch: Answers a request in a fresh process.
@@ -76,11 +78,16 @@ def run_benchmark(
     """
     benchmark = chosen_benchmark(name, BENCHMARKS)
     chosen = chosen_cases(benchmark, device, cases)
+    benchmark = attrs.evolve(benchmark, subjects=chosen_subjects(benchmark, subjects))
     _check(device, rounds)
     report = launch({"benchmark": name, "device": device})
     environment = Environment.from_report(report["environment"])
     absent = (
-        *(Absence("subject", name=n, reason=reason) for n, reason in report["absent"].items()),
+        *(
+            Absence("subject", name=subject.name, reason=report["absent"][subject.name])
+            for subject in benchmark.subjects
+            if subject.name in report["absent"]
+        ),
         *_too_large(chosen, environment.free_bytes),
     )
     jobs = tuple(_jobs(benchmark, chosen, absent, rounds))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from automodel_fn.bench._spec import FULL, Benchmark, Case, matches_any
+from automodel_fn.bench._spec import FULL, Benchmark, Case, Subject, matches_any
 from automodel_fn.errors import ConfigError
 
 
@@ -49,6 +49,33 @@ def chosen_cases(
                 f"there are: {names}; groups: {groups}."
             )
     return tuple(case for case in here if any(_matches(case, pattern) for pattern in asked))
+
+
+def chosen_subjects(
+    benchmark: Benchmark, patterns: str | Iterable[str] = ()
+) -> tuple[Subject, ...]:
+    """The subjects that are asked for, in the benchmark's order; ours is always among them.
+
+    Args:
+        benchmark: The benchmark.
+        patterns: Names of subjects, or globs; by default all.
+
+    Raises:
+        ConfigError: A pattern that matches none.
+    """
+    asked = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in asked:
+        if not any(matches_any(subject.name, [pattern]) for subject in benchmark.subjects):
+            names = "; ".join(subject.name for subject in benchmark.subjects)
+            raise ConfigError(
+                f"subject={pattern!r} matches no subject of benchmark {benchmark.name!r}; "
+                f"there are: {names}."
+            )
+    return tuple(
+        subject
+        for subject in benchmark.subjects
+        if not asked or subject.name == benchmark.ours or matches_any(subject.name, asked)
+    )
 
 
 def _matches(case: Case, pattern: str) -> bool:

@@ -163,6 +163,7 @@ def bench(
     device: options.Device = "cpu",
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
     case: options.Cases = None,
+    subject: options.Subjects = None,
     stored: options.StoredResult = None,
     out: options.ResultFile = None,
     markdown: options.MarkdownFile = None,
@@ -190,6 +191,7 @@ def bench(
         device=device,
         rounds=rounds,
         cases=case or (),
+        subjects=subject or (),
         out=out,
         progress=console(stderr=True),
     )

@@ -48,6 +48,7 @@ def result_of(
     device: str,
     rounds: int,
     cases: Sequence[str],
+    subjects: Sequence[str] = (),
     out: Path | None,
     progress: Console,
     launch: Launch = launch_process,
@@ -60,6 +61,7 @@ def result_of(
         device: "cpu" or "cuda".
         rounds: How often everything is measured.
         cases: Names, globs or groups.
+        subjects: Names or globs; none for all.
         out: Where to write the result; None: nowhere.
         progress: Where to say what is measured next.
         launch: Answers a request in a fresh process.
@@ -81,6 +83,7 @@ def result_of(
             device=device,
             rounds=rounds,
             cases=cases,
+            subjects=subjects,
             on_progress=_teller(progress),
             launch=launch,
         )

@@ -124,6 +124,15 @@ BenchmarkName = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="Where to measure: cpu or cuda.", metavar="DEVICE")
 ]
+Subjects = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subject",
+        help="A subject or a glob (repeatable); ours is always measured. [default: all]",
+        metavar="SUBJECT",
+        show_default=False,
+    ),
+]
 Cases = Annotated[
     list[str] | None,
     typer.Option(

@@ -58,6 +58,27 @@ def test_every_round_runs_every_subject_before_the_next_begins():
     assert answers.requests == [(m.case, m.subject) for m in result.measurements]
 
 
+@pytest.mark.parametrize("subjects", ["model.to", ["model.*"], ["automodel_fn", "model.to"]])
+def test_of_the_subjects_those_asked_for_and_ours_are_measured(subjects):
+    result = run(Answers(), rounds=1, cases="few", subjects=subjects)
+
+    chosen = ("automodel_fn", "model.to")
+    assert {m.subject for m in result.measurements} == set(chosen)
+    assert tuple(subject.name for subject in result.subjects) == chosen
+    assert set(rows_of(result, "few")) == set(chosen)
+
+
+def test_a_subject_that_is_absent_and_not_asked_for_is_not_told():
+    assert run(Answers(ABSENT), rounds=1, cases="few", subjects="model.to").absent == ()
+    (absence,) = run(Answers(ABSENT), rounds=1, cases="few").absent
+    assert absence.name == NEMO
+
+
+def test_a_subject_that_there_is_not_is_an_error_that_lists_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"subject='modle' matches no subject.*model\.to"):
+        run(Answers(), rounds=1, subjects="modle")
+
+
 def test_the_order_of_subjects_turns_from_round_to_round():
     result = run(Answers(), rounds=3, cases="few")
 
