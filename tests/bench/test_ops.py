@@ -7,7 +7,7 @@ import torch
 from automodel_fn.bench import BENCHMARKS
 from automodel_fn.bench._bench_ops import OPS
 from automodel_fn.bench._ops_measure import measured_op
-from automodel_fn.bench._ops_spec import CEILING, OURS, TORCH, by_autograd
+from automodel_fn.bench._ops_spec import CEILING, OURS, TORCH, by_autograd, copies
 
 BENCHMARK = BENCHMARKS["ops"]
 QUICK = [(op, case) for op in OPS for case in op.cases if case.group == "quick"]
@@ -33,6 +33,16 @@ def can_load(name):
 
 def on_cpu(case):
     return attrs.evolve(case, device="cpu")
+
+
+def test_the_copy_kernel_moves_as_many_bytes_as_the_case_says_and_no_zeros():
+    made = copies(SMALL, 2)
+
+    for name, calls in (("forward_bytes", made.forwards), ("forward_backward_bytes", made.both)):
+        first, second = (call() for call in calls)
+        assert 2 * first.numel() * first.element_size() == SMALL.parameter(name)
+        assert (first == 0).double().mean() < 1e-3
+        assert first.data_ptr() != second.data_ptr()
 
 
 @on_each_quick_case
